@@ -1,0 +1,613 @@
+"""From a file to an 8-bit mammogram and its breast-tissue mask (MammoDINO, arXiv 2510.11883, 2.2 and 3.1).
+
+    read(path, frame)  ->  uint8 (H, W)      any DICOM, PNG, TIFF, PGM, JPEG or .npy; one slice of a volume at a time
+    clahe(image)       ->  uint8 (H, W)      the paper's third preprocessing step
+    tissue(image)      ->  bool (H, W)       the mask M that crops and patch masks are drawn from
+    phantom(rng)       ->  Phantom           a synthetic breast with known tissue, density and lesions
+
+A file with more than one frame is a volume: multi-frame DICOM, multi-page TIFF, .npy of shape (K, H, W).
+H W pixels, K slices, G lesion boxes.
+
+Copy this file alone; it imports nothing of this repository.
+
+    $ python mask.py                                      # a phantom: the mask against the truth
+    $ python mask.py FILE [OUT.png]                       # any image: the mask drawn over it, and its share
+    $ python mask.py prepare SRC DST [--side 1024] [--workers N]
+"""
+import argparse
+import csv
+import os
+import sys
+import warnings
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from PIL import Image
+from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
+from scipy import ndimage
+from tqdm import tqdm
+
+PICTURES = {'.png', '.tif', '.tiff', '.pgm', '.jpg', '.jpeg'}
+DICOMS = {'.dcm', '.dicom', '.ima'}
+MAX_PIXELS = 80_000_000             # per frame; the largest film scans have 35 million
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+def frames(path):
+    """Number of slices in the file: 1 for a 2D mammogram, K for a volume. Reads the header only.
+
+    Raises ValueError or OSError with one line that says what came and what was expected.
+    """
+    return _guard(path, lambda: {'npy': _npy_frames, 'picture': _picture_frames, 'dicom': _dicom_frames}[_kind(path)])
+
+
+def read(path, frame=0, voi=False):
+    """One frame as uint8 (H, W), stretched from its own minimum and maximum to 0..255 (MammoDINO 3.1).
+
+    Bright is dense: MONOCHROME1 is inverted, after the rescale slope and, with `voi`, the file's VOI LUT or window.
+    DICOM pixel padding takes no part in the stretch and becomes 0. A uint8 .npy is returned as it is.
+    Colour is refused unless the three channels are equal. One frame is decoded, never the volume.
+    Raises ValueError or OSError with one line that says what came and what was expected.
+    """
+    def reader(path):
+        count = frames(path)
+        if not 0 <= frame < count:
+            raise ValueError(f'frame {frame} is asked for, the file has {count}')
+        if _kind(path) == 'dicom':
+            return _read_dicom(path, frame, voi)
+        pixels = _read_npy(path, frame) if _kind(path) == 'npy' else _read_picture(path, frame)
+        return pixels if _kind(path) == 'npy' and pixels.dtype == np.uint8 else to_uint8(_grey(pixels))
+    return _guard(path, lambda: reader)
+
+
+def listing(root):
+    """Every image file below `root`, sorted. Files of unknown suffix count if they start like DICOM."""
+    if not os.path.isdir(root):
+        raise ValueError(f'{root}: not a folder; expected a folder of DICOM, PNG, TIFF, PGM, JPEG or .npy files')
+
+    def refuse(error):
+        raise OSError(f'{error.filename}: the folder cannot be read ({error.strerror}); mend its permissions')
+
+    found = []
+    for folder, _, names in os.walk(root, onerror=refuse):
+        for name in names:
+            suffix, path = Path(name).suffix.lower(), os.path.join(folder, name)
+            if suffix in PICTURES | DICOMS | {'.npy'}:
+                found.append(path)
+            elif (not suffix or suffix[1:].isdigit()) and _starts_like_dicom(path):         # named by number or UID
+                found.append(path)
+    if not found:
+        raise ValueError(f'{root}: no DICOM, PNG, TIFF, PGM, JPEG or .npy file in it')
+    return sorted(found)
+
+
+def _kind(path):
+    suffix = Path(path).suffix.lower()
+    return 'npy' if suffix == '.npy' else 'picture' if suffix in PICTURES else 'dicom'
+
+
+def _guard(path, function):
+    """Whatever a broken file makes a decoder raise becomes one clear line."""
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        raise ValueError(f'{path}: the file is empty')
+    try:
+        with warnings.catch_warnings():                     # decoders warn with header values in the text
+            warnings.simplefilter('ignore')
+            return function()(path)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise OSError(f'{path}: {error.strerror}') from None
+    except Exception as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(text if text.startswith(str(path)) else f'{path}: {text}') from error
+
+
+def _check_size(height, width):
+    if height < 1 or width < 1:
+        raise ValueError(f'declares {width}x{height} pixels')
+    if height * width > MAX_PIXELS:
+        raise ValueError(f'declares {width}x{height} pixels, more than the {MAX_PIXELS:,} of mask.MAX_PIXELS')
+
+
+def to_uint8(pixels, padding=None, invert=False):
+    """Min-max to 8 bits (H, W), rounded. `padding` bool (H, W) is left out of min and max and becomes 0."""
+    valid = pixels if padding is None else pixels[~padding]
+    if valid.size == 0:
+        raise ValueError('every pixel is padding')
+    low, high = float(valid.min()), float(valid.max())
+    if not np.isfinite(low) or not np.isfinite(high):
+        raise ValueError('NaN or infinite pixels')
+    if low == high:
+        raise ValueError(f'a constant image, every pixel is {low:g}')
+    out = pixels.astype(np.float32 if pixels.dtype.itemsize <= 2 else np.float64)
+    out -= low
+    out *= 255 / (high - low)
+    out = np.clip(np.rint(out, out=out), 0, 255, out=out).astype(np.uint8)
+    if invert:
+        out = 255 - out
+    if padding is not None:
+        out[padding] = 0
+    return out
+
+
+def _grey(pixels):
+    """(H, W) as it is; (H, W, 3) only where the three channels are equal."""
+    if pixels.ndim == 3 and pixels.shape[-1] == 3:
+        if not (pixels[..., :1] == pixels).all():
+            raise ValueError('a colour image; expected grey, or three equal channels')
+        pixels = pixels[..., 0]
+    if pixels.ndim != 2:
+        raise ValueError(f'pixels of shape {pixels.shape}; expected (H, W)')
+    return pixels
+
+
+def _open_npy(path):
+    array = np.load(path, mmap_mode='r', allow_pickle=False)
+    if array.ndim not in (2, 3) or array.dtype.kind not in 'uifb':
+        raise ValueError(f'an array of shape {array.shape} and type {array.dtype}; expected (H, W) or (K, H, W) numbers')
+    _check_size(*array.shape[-2:])
+    return array
+
+
+def _npy_frames(path):
+    array = _open_npy(path)
+    return 1 if array.ndim == 2 else len(array)
+
+
+def _read_npy(path, frame):
+    array = _open_npy(path)
+    return np.array(array if array.ndim == 2 else array[frame])
+
+
+def _picture_frames(path):
+    with Image.open(path) as image:
+        _check_size(image.height, image.width)
+        return image.n_frames if image.format == 'TIFF' else 1
+
+
+def _read_picture(path, frame):
+    with Image.open(path) as image:
+        if frame:
+            image.seek(frame)
+            _check_size(image.height, image.width)
+        grey = {'1': 'L', 'LA': 'L', 'La': 'L'}
+        if image.mode in grey or not image.mode.startswith(('L', 'I', 'F')):
+            return np.array(image.convert(grey.get(image.mode, 'RGB')))
+        return np.array(image)
+
+
+# ---- DICOM --------------------------------------------------------------------------------------------------------
+
+GDCM = 'pip install python-gdcm'
+OPTIONAL_DECODERS = {'1.2.840.10008.1.2.4.57': GDCM, '1.2.840.10008.1.2.4.70': GDCM,        # JPEG Lossless
+                     '1.2.840.10008.1.2.4.51': GDCM,                                        # JPEG Extended, 12 bit
+                     '1.2.840.10008.1.2.4.80': GDCM, '1.2.840.10008.1.2.4.81': GDCM,        # JPEG-LS
+                     **{f'1.2.840.10008.1.2.4.20{i}': 'pip install pylibjpeg pylibjpeg-openjpeg' for i in (1, 2, 3)}}
+STREAMS = {b'\xff\xd8\xff\xc3': '1.2.840.10008.1.2.4.70', b'\xff\xd8\xff\xf7': '1.2.840.10008.1.2.4.80',
+           b'\xff\x4f\xff\x51': '1.2.840.10008.1.2.4.90', b'\xff\xd8\xff\xc0': '1.2.840.10008.1.2.4.50',
+           b'\xff\xd8\xff\xc1': '1.2.840.10008.1.2.4.51'}
+
+
+def _starts_like_dicom(path):
+    try:
+        with open(path, 'rb') as file:
+            return file.read(132)[128:] == b'DICM'
+    except OSError:
+        return False
+
+
+def _header(path):
+    """Everything before the pixels, and the first bytes of those."""
+    with open(path, 'rb') as file:
+        try:
+            ds = pydicom.dcmread(file, stop_before_pixels=True)
+        except pydicom.errors.InvalidDicomError:
+            raise ValueError('not a DICOM file (no DICM mark after 128 bytes)') from None
+        first = file.read(24)
+    if 'Rows' not in ds or 'Columns' not in ds:
+        raise ValueError('a DICOM file without an image (no rows and columns)')
+    _check_size(ds.Rows, ds.Columns)
+    return ds, first
+
+
+def _dicom_frames(path):
+    return max(1, int(_header(path)[0].get('NumberOfFrames') or 1))
+
+
+def _read_dicom(path, frame, voi):
+    ds, first = _header(path)
+    pixels = _grey(_decode(path, ds, first, frame))
+    padding = _padding(ds, pixels)
+    _flatten_groups(ds, frame)
+    if float(ds.get('RescaleSlope') or 1) != 1 or ds.get('RescaleIntercept') or 'ModalityLUTSequence' in ds:
+        pixels = apply_modality_lut(pixels, ds)
+    if voi:
+        pixels = apply_voi_lut(pixels, ds, index=0)
+    return to_uint8(pixels, padding, invert=ds.PhotometricInterpretation == 'MONOCHROME1')
+
+
+def _decode(path, ds, first, frame):
+    """The stored values of one frame. Encapsulated pixels behind an uncompressed transfer syntax, as some Hologic
+    archives hold them, are decoded by what the stream itself says it is."""
+    syntax = ds.file_meta.TransferSyntaxUID
+    try:
+        if not syntax.is_compressed and b'\xfe\xff\x00\xe0' in first:
+            ds = pydicom.dcmread(path)
+            start = min((at for at in map(ds.PixelData[:4096].find, (b'\xff\xd8\xff', b'\xff\x4f\xff\x51')) if at >= 0),
+                        default=-1)
+            stream = next((uid for mark, uid in STREAMS.items() if mark == ds.PixelData[start:start + 4]), None)
+            if start < 0 or stream is None:
+                raise ValueError('the pixels are encapsulated, the header declares them uncompressed, '
+                                 'and the stream is of no known kind')
+            ds.file_meta.TransferSyntaxUID = syntax = pydicom.uid.UID(stream)
+            ds['PixelData'].is_undefined_length = True
+            return pixel_array(ds, index=frame)
+        return pixel_array(path, index=frame)
+    except AttributeError as error:
+        raise ValueError(f'a DICOM file without decodable pixel data ({str(error).splitlines()[0]})') from error
+    except Exception as error:
+        hint = OPTIONAL_DECODERS.get(syntax)
+        reason = f'needs a decoder: {hint}' if hint and 'gdcm' not in sys.modules and isinstance(error, RuntimeError) \
+            else str(error).strip().replace('\n', ' ')
+        raise ValueError(f'{syntax.name} pixels: {reason}') from error
+
+
+def _padding(ds, pixels):
+    """bool (H, W), True where the stored value is PixelPaddingValue or in its range; None where nothing is."""
+    low = ds.get('PixelPaddingValue')
+    if low is None:
+        return None
+    high = ds.get('PixelPaddingRangeLimit', low)
+    padding = (pixels >= min(low, high)) & (pixels <= max(low, high))
+    return padding if padding.any() else None
+
+
+def _flatten_groups(ds, frame):
+    """Enhanced multi-frame files keep rescale and window in groups, shared or per frame; put them into the root."""
+    groups = list(ds.get('SharedFunctionalGroupsSequence', []))[:1] \
+        + list(ds.get('PerFrameFunctionalGroupsSequence', []))[frame:frame + 1]
+    for group in groups:
+        for name in ('PixelValueTransformationSequence', 'FrameVOILUTSequence'):
+            for item in list(group.get(name, []))[:1]:
+                ds.update(item)
+
+
+# ---- contrast -----------------------------------------------------------------------------------------------------
+
+def clahe(image, clip=2.0, tiles=8):
+    """Contrast limited adaptive histogram equalization (Zuiderveld 1994, Reza 2004; MammoDINO 3.1), uint8 (H, W).
+
+    The image is cut into tiles x tiles; each tile's histogram is clipped at `clip` times its mean, what was clipped
+    is spread evenly, and its cumulative sum is a grey table. A pixel takes the four nearest tables, bilinearly.
+    Padding, rounding and order are OpenCV's, whose results it equals.
+    """
+    H, W = image.shape
+    padded = image
+    if H % tiles or W % tiles:
+        padded = np.pad(image, ((0, tiles - H % tiles), (0, tiles - W % tiles)), mode='reflect')
+    th, tw = padded.shape[0] // tiles, padded.shape[1] // tiles                         # pixels of a tile
+    tables = np.empty((tiles, tiles, 256), np.float32)
+    limit = max(int(clip * th * tw / 256), 1)
+    for i in range(tiles):
+        for j in range(tiles):
+            histogram = _histogram(padded[i * th:(i + 1) * th, j * tw:(j + 1) * tw])
+            tables[i, j] = np.rint(_clip(histogram, limit).cumsum().astype(np.float32) * np.float32(255 / (th * tw)))
+    tables = tables.clip(0, 255)
+
+    y, wy = _between(H, th)
+    x, wx = _between(W, tw)
+    out = np.empty_like(image)
+    for rows in _runs(y):                                   # one cell of rows x columns, one set of four tables
+        for columns in _runs(x):
+            (t, b), (l, r) = [np.clip((at, at + 1), 0, tiles - 1) for at in (y[rows][0], x[columns][0])]
+            cell, fy, fx = image[rows, columns], wy[rows, None], wx[columns]
+            upper = tables[t, l].take(cell) * (1 - fx) + tables[t, r].take(cell) * fx
+            lower = tables[b, l].take(cell) * (1 - fx) + tables[b, r].take(cell) * fx
+            out[rows, columns] = np.rint(upper * (1 - fy) + lower * fy)
+    return out
+
+
+def _histogram(image):
+    return np.array(Image.fromarray(image).histogram())
+
+
+def _clip(histogram, limit):
+    excess = int(np.maximum(histogram - limit, 0).sum())
+    histogram = np.minimum(histogram, limit) + excess // 256
+    rest = excess % 256
+    if rest:
+        histogram[::max(256 // rest, 1)][:rest] += 1
+    return histogram
+
+
+def _between(length, tile):
+    """For each pixel of a side: the tile whose centre lies before it (-1: none), and the weight of the next one."""
+    position = np.arange(length, dtype=np.float32) * np.float32(1 / tile) - np.float32(0.5)
+    before = np.floor(position).astype(int)
+    return before, position - before.astype(np.float32)
+
+
+def _runs(index):
+    """Slices over which a sorted index is constant."""
+    cuts = np.flatnonzero(np.diff(index)) + 1
+    return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, len(index)])]
+
+
+# ---- breast tissue ------------------------------------------------------------------------------------------------
+
+def tissue(image, percentile=40, kernel=9):
+    """The breast-tissue mask M, uint8 (H, W) -> bool (H, W) (MammoDINO 2.2).
+
+        theta = percentile(x, tau),   M0 = 1[x > theta],   M = opening(closing(M0)), kernel x kernel
+
+    Min-max normalization keeps the order of pixels, so theta is taken on the grey levels themselves. The paper does
+    not give tau; 40 fits best among real films, but a percentile fixes the area of the mask, not the breast.
+
+    percentile=None tunes itself: a third of Otsu's threshold between air and tissue, the same closing and opening,
+    then the largest piece, holes filled. Pieces are told apart after an opening of a sixteenth of the shorter side,
+    which cuts film edges and frames off the breast; what that took from the breast itself is given back.
+    """
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f'kernel {kernel}: expected an odd number of pixels')
+    theta = otsu(image) / 3 if percentile is None else _percentile(image, percentile)
+    mask = opening(closing(image > theta, kernel), kernel)
+    if percentile is not None:
+        return mask
+    wide = max(kernel, min(image.shape) // 16 | 1)
+    core = _largest(opening(mask, wide))
+    return ndimage.binary_fill_holes(mask & _dilate(core, wide))
+
+
+def otsu(image):
+    """The grey level that best splits a uint8 image into two classes (Otsu 1979): dark is <= it."""
+    share = _histogram(image) / image.size
+    weight, mean = share.cumsum(), (share * np.arange(256)).cumsum()
+    with np.errstate(divide='ignore', invalid='ignore'):
+        between = (mean[-1] * weight - mean) ** 2 / (weight * (1 - weight))
+    return int(np.nanargmax(np.where(weight < 1, between, np.nan))) if np.ptp(image) else int(image.flat[0])
+
+
+def _percentile(image, q):
+    """np.percentile of a uint8 image, from its histogram."""
+    rank = q / 100 * (image.size - 1)
+    low, high = np.searchsorted(_histogram(image).cumsum(), [np.floor(rank), np.ceil(rank)], side='right')
+    return low + (high - low) * (rank % 1)
+
+
+def closing(mask, kernel):
+    return _erode(_dilate(mask, kernel), kernel)
+
+
+def opening(mask, kernel):
+    return _dilate(_erode(mask, kernel), kernel)
+
+
+def _dilate(mask, kernel):
+    return _window(_window(mask, kernel, 0, np.logical_or, False), kernel, 1, np.logical_or, False)
+
+
+def _erode(mask, kernel):
+    return _window(_window(mask, kernel, 0, np.logical_and, True), kernel, 1, np.logical_and, True)
+
+
+def _window(mask, kernel, axis, combine, neutral):
+    """`combine` over a centred window along one axis, doubling the span each time. Pixels outside are `neutral`,
+    as in OpenCV's morphologyEx, so the border of the image neither grows nor eats tissue."""
+    mask = np.moveaxis(np.pad(mask, [(kernel // 2,) * 2 if a == axis else (0, 0) for a in (0, 1)],
+                              constant_values=neutral), axis, 0)
+    span = 1
+    while span < kernel:
+        step = min(span, kernel - span)
+        mask = combine(mask[:-step], mask[step:])
+        span += step
+    return np.moveaxis(mask, 0, axis)
+
+
+def _largest(mask):
+    labels, count = ndimage.label(mask)
+    return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else mask
+
+
+def overlay(image, tissue):
+    """The outline of the mask in yellow over the image: uint8 (H, W, 3)."""
+    picture = np.repeat(image[..., None], 3, axis=-1)
+    edge = max(3, min(image.shape) // 200 | 1)
+    picture[_dilate(tissue, edge) & ~_erode(tissue, edge)] = (255, 200, 0)
+    return picture
+
+
+# ---- a synthetic breast -------------------------------------------------------------------------------------------
+
+@dataclass
+class Phantom:
+    volume: np.ndarray          # uint8 (K, H, W)
+    tissue: np.ndarray          # bool (H, W), the same for every slice
+    boxes: np.ndarray           # float (G, 5): z x0 y0 x1 y1, pixels, z the slice where the lesion is brightest
+    density: int                # 0..3, BI-RADS a..d: glandular share below 25, 50, 75, 100 %
+    cancer: int                 # 1 with a lesion
+
+
+GLANDULAR = ((0.03, 0.25), (0.25, 0.50), (0.50, 0.75), (0.75, 0.95))
+
+
+def phantom(rng, slices=1, height=256, width=192, density=None, lesion=None):
+    """A breast to run and test on, not a model of anatomy: half an ellipse with a skin line, fat of power-law texture,
+    glandular islands that fill the share of its density class, a lesion on a few neighbouring slices.
+
+    slices=1 is a mammogram (the mean of eight slices); more are a DBT volume whose glands change slowly with depth.
+    density 0..3 and lesion True/False are drawn when None, lesions in half. Exposure, gamma, side and noise vary, so
+    that the mean grey level tells little. Everything comes from `rng` (numpy Generator).
+    """
+    K, H, W = (8 if slices == 1 else slices), height, width
+    density = int(rng.integers(4)) if density is None else density
+    lesion = bool(rng.random() < 0.5) if lesion is None else lesion
+
+    y, x = np.mgrid[:H, :W].astype(np.float32) / H
+    angle = np.arctan2(y - 0.5, x + 1e-6)
+    wobble = sum(rng.normal(0, 0.012) * np.cos(k * angle + rng.uniform(0, 6.28)) for k in (2, 3, 4))
+    y = (y - 0.5 - rng.uniform(-0.12, 0.12) * x) / rng.uniform(0.42, 0.49)
+    x = x / (rng.uniform(0.82, 0.97) * W / H)
+    r = np.maximum(np.sqrt(x ** 2 + y ** 2) + wobble, 0)                                # 1 on the skin
+    inside = r < 1
+
+    fat = _field(rng, H, W, slope=rng.uniform(1.2, 1.6))
+    glands = [_field(rng, H, W, slope=rng.uniform(1.3, 1.7), longest=0.25 * H) for _ in range(2)]
+    strands = [_field(rng, H, W, slope=1.8, longest=0.25 * H, stretch=2.0) for _ in range(2)]
+    share = rng.uniform(*GLANDULAR[density])
+    softness = rng.uniform(0.15, 0.35)
+    turn = rng.uniform(0.5, 1.2) * np.linspace(0, np.pi / 2, K)                         # neighbours stay alike
+    volume = np.empty((K, H, W), np.float32)
+    for k in range(K):
+        gland, strand = (a * np.cos(turn[k]) + b * np.sin(turn[k]) for a, b in (glands, strands))
+        edge = np.quantile(gland[inside], 1 - share)
+        volume[k] = 1 / (1 + np.exp(-np.clip((gland - edge) / softness, -30, 30)))      # soft islands
+        volume[k] += 0.35 * np.exp(-(strand / 0.12) ** 2)                               # Cooper's ligaments
+    volume = 0.30 + 0.03 * fat + rng.uniform(0.22, 0.34) * volume
+
+    boxes = np.zeros((0, 5))
+    if lesion:
+        cy, cx = _pick(rng, r < 0.75)
+        z, radius = int(rng.integers(K)), H * rng.uniform(0.02, 0.05)
+        yy, xx = np.mgrid[:H, :W]
+        spokes = 1 + 0.25 * np.cos(rng.integers(5, 9) * np.arctan2(yy - cy, xx - cx) + rng.uniform(0, 6.28))
+        blob = np.exp(-(((yy - cy) ** 2 + (xx - cx) ** 2) / (radius * spokes) ** 2) ** 2).astype(np.float32)
+        near = np.exp(-(((np.arange(K) - z) / 1.2) ** 2)).astype(np.float32)
+        near = np.ones(K, np.float32) if slices == 1 else near
+        volume += rng.uniform(0.20, 0.35) * near[:, None, None] * blob
+        box = np.clip([cx - radius, cy - radius, cx + radius, cy + radius], 0, [W, H, W, H])
+        boxes = np.array([[0 if slices == 1 else z, *box]])
+
+    volume = volume.mean(0, keepdims=True) if slices == 1 else volume
+    volume *= np.sqrt(np.clip(1 - r ** rng.uniform(6, 12), 0, 1))                       # thinner towards the skin
+    volume[:, (r > 0.975) & inside] += 0.12                                             # the skin line
+    volume = rng.uniform(0.6, 1.0) * np.clip(volume, 0, None) ** rng.uniform(0.6, 1.5)
+    volume += rng.normal(0, rng.uniform(0.005, 0.015), volume.shape).astype(np.float32) * inside
+    volume[:, ~inside] = 0
+    volume = np.uint8(np.clip(volume, 0, 1) * 255)
+    if rng.random() < 0.5:                                                              # the other breast
+        volume, inside = volume[..., ::-1].copy(), inside[:, ::-1].copy()
+        boxes[:, [1, 3]] = W - boxes[:, [3, 1]]
+    return Phantom(volume, inside, boxes, density, int(lesion))
+
+
+def _field(rng, H, W, slope, longest=None, stretch=1.0):
+    """A Gaussian random field (H, W) of mean 0 and deviation 1: amplitude f^-slope, faded out above the wavelength
+    `longest` in pixels, drawn out along the rows by `stretch`."""
+    f = np.hypot(np.fft.fftfreq(H)[:, None], stretch * np.fft.rfftfreq(W)[None])
+    f[0, 0] = np.inf
+    gain = f ** -slope
+    if longest is not None:
+        gain *= 1 - np.exp(-(f * longest) ** 2)
+    field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((H, W))) * gain, s=(H, W))
+    return ((field - field.mean()) / field.std()).astype(np.float32)
+
+
+def _pick(rng, mask):
+    index = np.flatnonzero(mask)
+    return divmod(int(index[rng.integers(len(index))]), mask.shape[1])
+
+
+# ---- python mask.py prepare ---------------------------------------------------------------------------------------
+
+def prepare(src, dst, side=1024, workers=None):
+    """Once per data set: read -> CLAHE -> shrink -> DST/<same relative path>.npy, volumes stay volumes (K, h, w).
+
+    The shorter side becomes at most `side` pixels. Finished files are skipped, so a stopped run goes on; each file
+    is written beside its place and moved there whole. Unreadable files are listed in DST/rejected.csv with the reason.
+    Returns (written, skipped, rejected).
+    """
+    src, dst = Path(src), Path(dst)
+    todo, taken, skipped, rejected = [], {}, 0, []
+    for path in listing(src):
+        relative = Path(path).relative_to(src)
+        named = relative.suffix.lower() in PICTURES | DICOMS | {'.npy'}
+        target = dst / (relative.with_suffix('.npy') if named else f'{relative}.npy')
+        if target in taken:
+            rejected.append((relative, f'would become the same file as {taken[target]}; rename one'))
+        elif target.exists():
+            skipped += 1
+        else:
+            todo.append((path, target))
+        taken.setdefault(target, relative)
+
+    dst.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=len(todo), unit='file') as bar:
+        for path, reason in _in_order_of_completion(pool, todo, side):
+            bar.update()
+            if reason:
+                rejected.append((Path(path).relative_to(src), reason))
+    with open(dst / 'rejected.csv', 'w', newline='') as file:
+        csv.writer(file).writerows([('file', 'reason'), *sorted(rejected)])
+    return len(todo) + len(taken) - len(todo) - skipped - len(rejected), skipped, len(rejected)
+
+
+def _in_order_of_completion(pool, todo, side, ahead=64):
+    """(path, reason) of each file as it is done; only `ahead` are handed out, so a million cost no memory."""
+    waiting, todo = {}, iter(todo)
+    while True:
+        for path, target in todo:
+            waiting[pool.submit(_prepare_one, path, target, side)] = path
+            if len(waiting) >= ahead:
+                break
+        if not waiting:
+            return
+        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            yield waiting.pop(future), future.result()
+
+
+def _prepare_one(path, target, side):
+    part = target.with_name(target.name + '.part')
+    try:
+        count, out = frames(path), None
+        for k in range(count):
+            image = Image.fromarray(clahe(read(path, k)))
+            shrink = min(1.0, side / min(image.size))
+            size = tuple(max(1, round(length * shrink)) for length in image.size)       # (w, h)
+            image = np.asarray(image.resize(size, Image.Resampling.BICUBIC) if shrink < 1 else image)
+            if out is None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shape = image.shape if count == 1 else (count, *image.shape)
+                out = np.lib.format.open_memmap(part, mode='w+', dtype=np.uint8, shape=shape)
+            out[... if count == 1 else k] = image
+        out.flush()
+        os.replace(part, target)
+    except (ValueError, OSError) as error:
+        part.unlink(missing_ok=True)
+        return str(error).removeprefix(f'{path}: ')
+
+
+def _main():
+    if sys.argv[1:2] == ['prepare']:
+        parser = argparse.ArgumentParser(prog='mask.py prepare', description=prepare.__doc__,
+                                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument('src')
+        parser.add_argument('dst')
+        parser.add_argument('--side', type=int, default=1024, help='pixels of the shorter side at most')
+        parser.add_argument('--workers', type=int, help='processes (default: all cores)')
+        written, skipped, rejected = prepare(**vars(parser.parse_args(sys.argv[2:])))
+        print(f'{written} written, {skipped} were there, {rejected} rejected')
+        return
+    out = Path(sys.argv[2] if len(sys.argv) > 2 else 'tissue.png')
+    if len(sys.argv) > 1:
+        image = read(sys.argv[1])
+        mask = tissue(image, percentile=None)
+        print(f'{sys.argv[1]}: {image.shape[1]}x{image.shape[0]}, {frames(sys.argv[1])} frame(s), '
+              f'tissue {mask.mean():.1%}')
+    else:
+        example = phantom(np.random.default_rng(0))
+        image, truth = example.volume[0], example.tissue
+        mask = tissue(image, percentile=None)
+        for name, m in [('self-tuning', mask), ('percentile 40', tissue(image))]:
+            print(f'{name:14s} overlap with the true mask {(m & truth).sum() / (m | truth).sum():.3f}')
+    Image.fromarray(overlay(image, mask)).save(out)
+    print(f'-> {out}')
+
+
+if __name__ == '__main__':
+    try:
+        _main()
+    except (ValueError, OSError) as error:
+        sys.exit(f'mask.py: {error}')
