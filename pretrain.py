@@ -1,0 +1,645 @@
+"""MammoDINO pretraining (arXiv 2510.11883): a student learns from its own moving average to see mammograms.
+
+    $ torchrun pretrain.py                                    # two minutes on phantoms, no data needed
+    $ torchrun --nproc-per-node 8 pretrain.py --data DIR      # the paper's recipe on a folder of mammograms
+    $ torchrun pretrain.py --data DIR --init dinov2_vitb14_pretrain.pth --resume
+
+DIR holds DICOM, PNG, TIFF, PGM, JPEG or prepared .npy files, at any depth; a file of several frames is a DBT volume.
+The run's folder `--out` receives log.jsonl (the first line is the configuration) and last.pt (weights, optimizer,
+centres); `--resume` goes on from there as if it had never stopped. Plain `python pretrain.py` works as well.
+
+One step, over all ranks and micro-batches:
+    views, masks, pairs of 128 slices  ->  student and teacher tokens  ->  four losses  ->  AdamW  ->  teacher EMA
+B images of a micro-batch, S s pixels, N patches, D width, E bottleneck, K prototypes, P slice pairs, M masked patches.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import losses
+import mask
+import sampler
+import vit
+
+
+# ---- configuration ------------------------------------------------------------------------------------------------
+
+def option(default, source, text):
+    return field(default=default, metadata=dict(source=source, help=text))
+
+
+@dataclass
+class Config:
+    """Every field is a flag. Source: [paper] MammoDINO, [dbt-dino] arXiv 2512.13608, [dinov2] its released
+    ssl_default_config.yaml (the one that centres, as the paper does), [ours] a choice of this repository."""
+    data: str | None = option(None, 'ours', 'folder of mammograms; without it, a short demo on phantoms')
+    out: str = option('runs/pretrain', 'ours', 'folder of this run')
+    init: str | None = option(None, 'dbt-dino 2.3', 'start from the official DINOv2 file or a checkpoint of ours; '
+                                                    'then lower --lr')
+    resume: bool = option(False, 'ours', 'go on from OUT/last.pt, or start where there is none')
+    seed: int = option(0, 'ours', 'a sample is a function of (seed, epoch, index)')
+    workers: int = option(8, 'ours', 'data processes per rank')
+    save_every: int = option(1000, 'ours', 'steps between checkpoints')
+    keep_every: int = option(0, 'dbt-dino 6.1', 'steps between checkpoints kept for good; 0 keeps the last')
+    log_every: int = option(10, 'ours', 'steps between lines of the log')
+    max_bad: float = option(0.05, 'ours', 'stop above this share of unreadable files')
+    amp: bool | None = option(None, 'ours', 'bf16 autocast; by default on GPUs only')
+    # optimization
+    steps: int = option(300_000, 'paper 3.2', 'optimizer steps')
+    batch: int = option(128, 'paper 3.2', 'images per step, over all ranks')
+    micro_batch: int = option(16, 'paper 3.2', 'images per rank at once; the rest of the batch is accumulated')
+    lr: float = option(0.004, 'dinov2', 'peak for a batch of 1024, scaled by sqrt(batch / 1024)')
+    lr_end: float = option(1e-6, 'dinov2', 'the cosine ends here')
+    warmup: int = option(12_500, 'dinov2', 'steps of linear warm-up')
+    layer_decay: float = option(0.9, 'dinov2', 'learning rate factor per block below the top')
+    wd: float = option(0.04, 'paper 3.2', 'weight decay at the start')
+    wd_end: float = option(0.20, 'paper 3.2', 'weight decay at the end, by cosine')
+    clip: float = option(3.0, 'dinov2', 'gradient norm at most, backbone and head apart')
+    freeze_last_layer: int = option(1250, 'dinov2', 'steps for which the prototypes do not move')
+    # encoder and head
+    size: int = option(518, 'paper 3.2', 'pixels of a global crop, and of the position grid')
+    patch: int = option(14, 'paper 3.2', 'pixels of a patch')
+    width: int = option(768, 'paper 3.2', 'ViT-B')
+    depth: int = option(12, 'paper 3.2', 'ViT-B')
+    heads: int = option(12, 'paper 3.2', 'ViT-B')
+    registers: int = option(0, 'dinov2', 'register tokens')
+    drop_path: float = option(0.3, 'dinov2', 'stochastic depth of the student')
+    layerscale: float = option(1e-5, 'dinov2', 'initial LayerScale')
+    prototypes: int = option(65_536, 'dinov2', 'K')
+    hidden: int = option(2048, 'dinov2', 'width of the head')
+    bottleneck: int = option(256, 'dinov2', 'width before the prototypes')
+    # tissue-aware views
+    percentile: float | None = option(None, 'ours', 'tau of the tissue mask as in paper 2.2; without it the mask '
+                                                    'tunes itself')
+    kernel: int = option(9, 'paper 2.2', 'pixels of closing and opening')
+    min_coverage: float = option(0.5, 'ours', 'rho, for crops and mask pieces')
+    locals: int = option(8, 'dinov2', 'local crops')
+    local_size: int = option(196, 'dbt-dino 6.1', 'pixels of a local crop')
+    global_scale: tuple[float, float] = option((0.5, 1.0), 'dbt-dino 6.1', 'share of the image in a global crop')
+    local_scale: tuple[float, float] = option((0.2, 0.5), 'dbt-dino 6.1', 'share of the image in a local crop')
+    mask_prob: float = option(0.5, 'dinov2', 'probability that a global crop is masked')
+    mask_ratio: tuple[float, float] = option((0.1, 0.5), 'dinov2', 'share of patches masked')
+    mask_min: int = option(4, 'dinov2', 'm_min, patches of the smallest piece')
+    mask_max: float = option(0.5, 'dinov2', 'm_max, share of the grid of the largest piece')
+    tissue_weight: float = option(1.0, 'ours', 'w_t in pi = w_t r + eps')
+    mask_eps: float = option(1e-3, 'ours', 'eps in pi = w_t r + eps')
+    d_max: int = option(4, 'paper Fig. 1', 'D_max, slices between the two of a pair')
+    volume_items: bool = option(False, 'ours', 'an epoch takes one random slice per volume instead of all')
+    blind_crops: bool = option(False, 'paper 3.4', 'ablation: crops as in DINOv2')
+    blind_masks: bool = option(False, 'paper 3.4', 'ablation: masks blind to tissue')
+    # losses
+    image_weight: float = option(1.0, 'dinov2', 'lambda_1 of DINO-M')
+    patch_weight: float = option(1.0, 'dinov2', 'lambda_2 of iBOT-M')
+    slice_weight: float = option(0.1, 'ours', 'lambda_3 of DINO-adj; 0 is the ablation without it')
+    koleo_weight: float = option(0.1, 'dinov2', 'lambda_4 of KoLeo')
+    student_temp: float = option(0.1, 'dinov2', 'tau_s')
+    teacher_temp: float = option(0.07, 'dinov2', 'tau_t; above it is unstable')
+    teacher_temp_start: float = option(0.04, 'dinov2', 'tau_t at the start')
+    teacher_temp_steps: int = option(37_500, 'dinov2', 'steps of linear rise to tau_t')
+    momentum: float = option(0.992, 'dinov2', 'of the teacher, rising to 1 by cosine')
+    center_momentum: float = option(0.9, 'dinov2', 'of the centres')
+    # demo
+    phantoms: int = option(256, 'ours', 'demo: breasts to train on, every third a DBT volume')
+    test_phantoms: int = option(384, 'ours', 'demo: unseen breasts to test on; 0 skips the test')
+
+
+DEMO = dict(out='runs/demo', workers=0, save_every=10_000, log_every=10, steps=300, batch=32, micro_batch=32, lr=0.0057,
+            warmup=30, layer_decay=1.0, wd_end=0.04, freeze_last_layer=0, size=84, width=128, depth=4, heads=4,
+            drop_path=0.0, layerscale=1.0, prototypes=256, hidden=256, bottleneck=64, locals=4, local_size=42,
+            global_scale=(0.25, 0.8), local_scale=(0.06, 0.25), min_coverage=0.7, teacher_temp=0.06,
+            teacher_temp_start=0.06, teacher_temp_steps=0, momentum=0.96)
+
+
+def parse(config, argv, demo=None):
+    """Flags -> config. `demo` replaces the defaults where no --data is given."""
+    parser = argparse.ArgumentParser(usage=f'{Path(sys.argv[0]).name} [--data DIR] [options]; --help lists them',
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for f in fields(config):
+        text = f"{f.metadata['help']} [{f.metadata['source']}] (default: {f.default})"
+        kind = next((t for t in (bool, int, float) if t.__name__ in str(f.type).replace('<class', '')), str)
+        if kind is bool:
+            parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(f'--{f.name}', type=kind, nargs=2 if 'tuple' in str(f.type) else None, help=text)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    return config(**({} if 'data' in given else demo or {}) | given)
+
+
+def setup():
+    """-> rank, ranks, device. There is always a process group: NCCL or gloo under torchrun, one of one without."""
+    cuda = torch.cuda.is_available()
+    backend = 'nccl' if cuda else 'gloo'
+    if 'RANK' in os.environ:
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if cuda else torch.device('cpu')
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend)
+    else:
+        device = torch.device('cuda' if cuda else 'cpu')
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def check(cfg, ranks):
+    """What cannot work is refused before anything is read. -> micro-batches per step."""
+    micro = min(cfg.micro_batch, cfg.batch // ranks)
+    if micro < 1 or cfg.batch % (micro * ranks):
+        raise ValueError(f'--batch {cfg.batch} does not divide into {ranks} rank(s) times --micro_batch '
+                         f'{cfg.micro_batch}; choose a multiple of {ranks * cfg.micro_batch}')
+    if cfg.prototypes < 2:
+        raise ValueError(f'--prototypes {cfg.prototypes}: a softmax needs at least 2')
+    if cfg.size % cfg.patch or cfg.local_size % cfg.patch:
+        raise ValueError(f'--size {cfg.size} and --local_size {cfg.local_size} must be multiples of the patch, '
+                         f'{cfg.patch}')
+    if cfg.steps < 1 or cfg.d_max < 1:
+        raise ValueError(f'--steps {cfg.steps} and --d_max {cfg.d_max} must be at least 1')
+    return cfg.batch // (micro * ranks)
+
+
+# ---- data: item i of the run -> views, masks and a slice pair ------------------------------------------------------
+
+class Slices(Dataset):
+    """Every (file, slice) of a folder, in an endless stream: item i belongs to epoch i // n, and the order inside
+    an epoch is a permutation keyed by (seed, epoch). The sample depends on nothing else, neither rank nor worker.
+
+    Item i -> dict: globals (2, S, S), locals (n, s, s), pair (1, 2, S, S) or (0, 2, S, S) uint8; masks (2, N) bool;
+    file, relaxed, masks_relaxed, enlarged counts; bad, [(file, reason)] of the unreadable files it stands in for.
+    """
+
+    def __init__(self, cfg, files, counts):
+        self.cfg, self.files, self.counts = cfg, files, np.asarray(counts)
+        self.ends = np.cumsum(np.ones_like(self.counts) if cfg.volume_items else self.counts)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, i):
+        epoch, place = divmod(i, len(self))
+        index, bad = shuffled(place, len(self), (self.cfg.seed, epoch)), []
+        for _ in range(len(self)):
+            file = int(np.searchsorted(self.ends, index, side='right'))
+            rng = np.random.default_rng([self.cfg.seed, epoch, index])
+            frame = int(rng.integers(self.counts[file])) if self.cfg.volume_items \
+                else index - int(self.ends[file] - self.counts[file])
+            try:
+                return self.sample(rng, file, frame) | dict(file=file, bad=bad)
+            except (ValueError, OSError) as error:
+                bad.append((file, str(error)))
+                index = (index + 1) % len(self)
+        raise ValueError(f'not one image of the folder can be used; the last: {bad[-1][1]}')
+
+    def load(self, file, frame):
+        """Prepared .npy have their CLAHE behind them; every other file gets it here (paper 3.1)."""
+        image = mask.read(self.files[file], frame)
+        return image if self.files[file].endswith('.npy') else mask.clahe(image)
+
+    def sample(self, rng, file, frame):
+        cfg, path = self.cfg, self.files[file]
+        image = self.load(file, frame)
+        if min(image.shape) < cfg.local_size:
+            raise ValueError(f'{path}: {image.shape[1]}x{image.shape[0]} is smaller than the {cfg.local_size} local '
+                             'crop; lower --local_size')
+        tissue = mask.tissue(image, cfg.percentile, cfg.kernel)
+        if not tissue.any():
+            raise ValueError(f'{path}: no breast tissue found in frame {frame}')
+        law = np.ones_like(tissue) if cfg.blind_crops else tissue
+        out = sampler.views(rng, image, tissue, cfg.size, cfg.local_size, cfg.locals, cfg.patch, cfg.global_scale,
+                            cfg.local_scale, rho=cfg.min_coverage, law=law)
+
+        masks, info, masks_relaxed = [], {}, 0
+        for grid in np.ones_like(out['grids']) if cfg.blind_masks else out['grids']:
+            m = round(rng.uniform(*cfg.mask_ratio) * grid.size) if rng.random() < cfg.mask_prob else 0
+            masks.append(sampler.patch_mask(rng, grid, m, cfg.min_coverage, cfg.mask_min, int(cfg.mask_max * grid.size),
+                                            weight=cfg.tissue_weight, eps=cfg.mask_eps, info=info))
+            masks_relaxed += info['relaxed']
+
+        pair = np.empty((0, 2, cfg.size, cfg.size), np.uint8)
+        if self.counts[file] > 1 and cfg.slice_weight:
+            neighbour = self.load(file, sampler.slice_pair(rng, frame, int(self.counts[file]), cfg.d_max))
+            pair = sampler.pair_views(rng, image, neighbour, law, cfg.size, cfg.global_scale, rho=cfg.min_coverage)[None]
+        return dict(globals=out['globals'], locals=out['locals'], masks=np.stack(masks).reshape(2, -1), pair=pair,
+                    relaxed=int(out['relaxed'].sum()), masks_relaxed=masks_relaxed,
+                    enlarged=int(min(image.shape) < cfg.size))
+
+
+def shuffled(place, n, key):
+    """Where a permutation of range(n) keyed by (seed, epoch) sends `place`: four Feistel rounds on the bits of n,
+    walked on until they land below n. No list is held, however many slices there are."""
+    half = max(1, (n - 1).bit_length() + 1 >> 1)
+    low = (1 << half) - 1
+    while True:
+        left, right = place >> half, place & low
+        for turn in range(4):
+            mixed = (right * 0x9E3779B97F4A7C15 + key[0] * 0xBF58476D1CE4E5B9 + key[1] * 0x94D049BB133111EB + turn) \
+                & 0xFFFFFFFFFFFFFFFF
+            mixed = (mixed ^ mixed >> 29) * 0xD6E8FEB86659FD93 & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ (mixed >> 32 & low)
+        place = left << half | right
+        if place < n:
+            return place
+
+
+def collate(samples):
+    """Samples -> one micro-batch of tensors, views first: globals (2, B, S, S), masks (2, B, N), pair (P, 2, S, S)."""
+    batch = {name: torch.from_numpy(np.stack([s[name] for s in samples], axis=1))
+             for name in ('globals', 'locals', 'masks')}
+    batch['pair'] = torch.from_numpy(np.concatenate([s['pair'] for s in samples]))
+    batch['file'] = torch.tensor([s['file'] for s in samples])
+    batch['counts'] = torch.tensor([[s['relaxed'], s['masks_relaxed'], s['enlarged']] for s in samples]).sum(0)
+    batch['bad'] = [b for s in samples for b in s['bad']]
+    return batch
+
+
+def micro_batches(cfg, start, rank, ranks, accumulate):
+    """Item numbers of this rank's micro-batches from step `start` on. The micro-batches of all ranks together are a
+    contiguous run of the stream, whatever the number of ranks."""
+    micro = cfg.batch // (accumulate * ranks)
+    for step in range(start, cfg.steps):
+        for part in range(accumulate):
+            first = step * cfg.batch + (part * ranks + rank) * micro
+            yield range(first, first + micro)
+
+
+def index(cfg, folder, rank):
+    """Files of the folder and their numbers of slices, listed by rank 0 for all. Files whose header cannot be read
+    are left out: named, counted, and too many of them stop the run."""
+    found = [None]
+    if rank == 0:
+        files, counts, bad = mask.listing(folder), [], []
+        for path in tqdm(files, desc='reading headers', unit='file', disable=None):
+            try:
+                counts.append(mask.frames(path))
+            except (ValueError, OSError) as error:
+                counts.append(0)
+                bad.append(str(error))
+        for reason in bad:
+            tqdm.write(f'skipped: {reason}', file=sys.stderr)
+        if len(bad) == len(files) or len(files) >= 100 and len(bad) > cfg.max_bad * len(files):
+            found = [f'{folder}: {len(bad)} of {len(files)} files cannot be read, --max_bad is {cfg.max_bad}; '
+                     f'the first: {bad[0]}']
+        else:
+            found = [[(path, count) for path, count in zip(files, counts) if count]]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], str):
+        raise ValueError(found[0])
+    return zip(*found[0])
+
+
+# ---- student and teacher -------------------------------------------------------------------------------------------
+
+class Network(nn.Module):
+    """f and h of one side."""
+
+    def __init__(self, cfg, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.head = losses.Head(backbone.config['width'], cfg.prototypes, cfg.hidden, cfg.bottleneck)
+
+    def forward(self, images, masks, locals=None, hide=False):
+        """images (G, 1, S, S), masks bool (G, N), locals (L, 1, s, s) ->
+        CLS tokens (G + L, D), their logits (G + L, K), embeddings of the patches under the masks (M, E).
+        `hide` puts the mask token there first: the student guesses what the teacher sees."""
+        cls, patches = self.backbone(images, masks if hide else None)
+        if locals is not None and len(locals):
+            cls = torch.cat([cls, self.backbone(locals)[0]])
+        return cls, self.head(cls), self.head.embed(patches[masks])
+
+
+def networks(cfg, device):
+    """-> student, teacher: the same weights; only the student has stochastic depth, only the student learns."""
+    torch.manual_seed(cfg.seed)
+    shape = dict(size=cfg.size, patch=cfg.patch, width=cfg.width, depth=cfg.depth, heads=cfg.heads,
+                 registers=cfg.registers)
+    given = vit.load(cfg.init) if cfg.init else None
+    if given is not None:
+        differs = [f'{k} {given.config[k]} (--{k} {v})' for k, v in shape.items() if given.config[k] != v]
+        if differs:
+            raise ValueError(f"{cfg.init} is another encoder: {', '.join(differs)}")
+        shape = given.config
+    student = Network(cfg, vit.ViT(**shape, drop_path=cfg.drop_path, layerscale=cfg.layerscale))
+    if given is not None:
+        student.backbone.load_state_dict(given.state_dict())
+    teacher = Network(cfg, vit.ViT(**shape))
+    teacher.load_state_dict(student.state_dict())
+    return student.to(device), teacher.to(device).requires_grad_(False).eval()
+
+
+def pixels(images, device):
+    """uint8 (..., S, S) -> float (n, 1, S, S) in [0, 1] on the device; bytes travel."""
+    return images.to(device, non_blocking=True).flatten(0, -3).unsqueeze(1).float() / 255
+
+
+def teach(teacher, batch, device):
+    """The teacher's side of a micro-batch: CLS tokens (2 B, D), their logits (2 B, K), the logits of slices k' (P, K),
+    the embeddings of the patches under the masks (M, E)."""
+    masks = batch['masks'].flatten(0, 1).to(device)                                     # (2 B, N)
+    unmasked = masks.new_zeros(len(batch['pair']), masks.shape[1])
+    images = torch.cat([pixels(batch['globals'], device), pixels(batch['pair'][:, 1:], device)])
+    cls, logits, embedded = teacher(images, torch.cat([masks, unmasked]))
+    return dict(cls=cls[:len(masks)], logits=logits[:len(masks)], pair=logits[len(masks):], embedded=embedded)
+
+
+def learn(cfg, student, teacher, center, batch, tau_t, pairs, device):
+    """The losses of one micro-batch -> terms {name: ()}, and what the centres and the log need of the teacher.
+
+    Rows of the student's logits: 2 B globals, P slices k, n B locals. `pairs` is the whole step's count of slice
+    pairs, per micro-batch of each rank, so that the mean over those is the mean over all pairs."""
+    B, P = batch['globals'].shape[1], len(batch['pair'])
+    with torch.no_grad():
+        taught = teach(teacher, batch, device)
+        taught['targets'] = center['cls'](taught['logits'], tau_t).unflatten(0, (2, B))         # (2, B, K)
+        prototypes_t = teacher.head.last_layer.weight                                           # (K, E)
+
+    def patch_targets(rows):
+        return center['patch'](nn.functional.linear(taught['embedded'][rows], prototypes_t), tau_t)
+
+    masks = batch['masks'].flatten(0, 1).to(device)                                     # (2 B, N)
+    unmasked = masks.new_zeros(P, masks.shape[1])
+    images = torch.cat([pixels(batch['globals'], device), pixels(batch['pair'][:, :1], device)])
+    cls, logits, embedded = student(images, torch.cat([masks, unmasked]), pixels(batch['locals'], device), hide=True)
+
+    views = torch.cat([logits[:2 * B], logits[2 * B + P:]]).unflatten(0, (-1, B))       # (2 + n, B, K)
+    weight = (1 / masks.sum(1, keepdim=True).clamp_min(1)).expand_as(masks)[masks]      # (M,)
+    files = batch['file'].to(device)
+    terms = dict(
+        image=losses.image_loss(views, taught['targets'], cfg.student_temp),
+        patch=losses.chunked_patch_loss(embedded, student.module.head.last_layer.weight, patch_targets, weight,
+                                        images=2 * B, temp=cfg.student_temp),
+        slice=losses.adjacent_loss(logits[2 * B:2 * B + P], center['cls'](taught['pair'], tau_t), cfg.student_temp,
+                                   pairs),
+        koleo=sum(losses.koleo(view, files) for view in cls[:2 * B].unflatten(0, (2, B))))
+    return terms, taught
+
+
+def update_centers(center, teacher, taught, momentum=None):
+    """Both centres move once per step, by the teacher's mean logits over all micro-batches and ranks. Slice pairs
+    have no part in it. The mean patch logits are the logits of the mean embedding."""
+    center['cls'].update(torch.cat([t['logits'] for t in taught]), momentum=momentum)
+    parts = [t['embedded'].float() for t in taught]
+    counts = torch.tensor([len(p) for p in parts], device=parts[0].device)
+    means = torch.stack([p.sum(0) / max(len(p), 1) for p in parts])                     # (micro-batches, E)
+    with torch.autocast(means.device.type, enabled=False):
+        center['patch'].update(teacher.head.last_layer(means), counts, momentum)
+
+
+def cosine(step, steps, start, end, warmup=0):
+    """Linear from 0 over `warmup` steps, then half a cosine from start to end (DINOv2, per step)."""
+    if step < warmup:
+        return start * step / max(warmup - 1, 1)
+    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+
+
+def schedules(cfg, step):
+    rise = min(step / cfg.teacher_temp_steps, 1) if cfg.teacher_temp_steps else 1
+    return dict(lr=cosine(step, cfg.steps, cfg.lr * math.sqrt(cfg.batch / 1024), cfg.lr_end, cfg.warmup),
+                wd=cosine(step, cfg.steps, cfg.wd, cfg.wd_end),
+                momentum=cosine(step, cfg.steps, cfg.momentum, 1.0),
+                teacher_temp=cfg.teacher_temp_start + rise * (cfg.teacher_temp - cfg.teacher_temp_start))
+
+
+# ---- checkpoints and the log ---------------------------------------------------------------------------------------
+
+def save(cfg, out, step, parts, watch, rank):
+    """OUT/last.pt every `save_every` steps and at the end, OUT/step_N.pt every `keep_every`. Written beside its place
+    and moved there whole: a crash leaves the checkpoint before it."""
+    names = ['last.pt'] if step % cfg.save_every == 0 or step == cfg.steps else []
+    names += [f'step_{step:06d}.pt'] if cfg.keep_every and step % cfg.keep_every == 0 else []
+    if rank or not names:
+        return
+    state = dict(step=step, config=asdict(cfg), vit=parts['teacher'].backbone.config, seen=watch.seen)
+    state |= {name: part.state_dict() for name, part in parts.items()}
+    for name in names:
+        torch.save(state, out / f'{name}.part')
+        os.replace(out / f'{name}.part', out / name)
+
+
+def restore(path, parts, watch):
+    """Puts a checkpoint back in place. -> the step to go on with."""
+    state = torch.load(path, map_location='cpu', weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    if len(state['seen']) != len(watch.seen):
+        raise ValueError(f"{path} was trained on {len(state['seen'])} files, the folder now has {len(watch.seen)}; "
+                         'the stream would not be the same')
+    watch.seen.copy_(state['seen'])
+    return state['step']
+
+
+def effective_rank(x):
+    """exp of the entropy of the singular values of the rows (n, D), normalised to sum 1 (RankMe)."""
+    values = torch.linalg.svdvals(x.float())
+    share = values / values.sum().clamp_min(1e-12)
+    return torch.exp(-(share * torch.log(share.clamp_min(1e-12))).sum()).item()
+
+
+def diagnose(terms, taught, center):
+    """What shows collapse first, from the last micro-batch of all ranks."""
+    p = taught['targets'].float()
+    entropy = -(p * torch.log(p.clamp_min(1e-12))).sum(-1).mean()
+    cls = nn.functional.normalize(losses.gather(taught['cls'].float()), dim=-1)
+    return dict(teacher_entropy=entropy.item(), kl=(terms['image'] - entropy).item(),
+                center_norm=center['cls'].center.norm().item(), patch_center_norm=center['patch'].center.norm().item(),
+                cls_spread=(cls.std(0).norm()).item(), effective_rank=effective_rank(cls))
+
+
+def peak_memory(device):
+    """GiB: of the GPU, or of this process."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == 'darwin' else 20)
+
+
+def total(value, device):
+    """The sum over ranks of a number or tensor."""
+    value = torch.as_tensor(value, dtype=torch.float64 if device.type == 'cpu' else torch.float32, device=device)
+    dist.all_reduce(value)
+    return value
+
+
+class Log:
+    """log.jsonl, written by rank 0: a header, then one line per `log_every` steps. A resumed run drops the lines
+    that were written after its checkpoint."""
+
+    def __init__(self, cfg, rank, start):
+        self.path, self.cfg, self.rank, self.images, self.clock = Path(cfg.out) / 'log.jsonl', cfg, rank, 0, time.time()
+        if rank:
+            return
+        old = self.path.read_text().splitlines() if start and self.path.exists() else []
+        header = json.dumps(dict(config=asdict(cfg), torch=torch.__version__, numpy=np.__version__, commit=commit()))
+        kept = old[:1] + [line for line in old[1:] if json.loads(line)['step'] < start] if old else [header]
+        self.path.write_text('\n'.join(kept) + '\n')
+
+    def write(self, bar, values):
+        now = time.time()
+        values |= dict(images_per_s=self.images / (now - self.clock), time=now)
+        self.images, self.clock = 0, now
+        if self.rank == 0:
+            with open(self.path, 'a') as file:
+                file.write(json.dumps(values) + '\n')
+            bar.set_postfix({k: f'{values[k]:.3f}' for k in ('total', 'image', 'patch', 'slice', 'koleo')})
+
+
+def commit():
+    """The commit of this file's folder, read without git; None outside a repository."""
+    git = Path(__file__).resolve().parent / '.git'
+    try:
+        head = (git / 'HEAD').read_text().strip()
+        return (git / head[5:]).read_text().strip() if head.startswith('ref: ') else head
+    except OSError:
+        return None
+
+
+class Watch:
+    """Which files were opened and which were bad, over all ranks; too many bad ones stop the run."""
+
+    def __init__(self, cfg, files, device):
+        self.cfg, self.files = cfg, files
+        self.seen = torch.zeros(len(files), dtype=torch.uint8, device=device)           # 1 opened, 2 bad
+
+    def note(self, batch):
+        self.seen[batch['file']] = self.seen[batch['file']].clamp_min(1)
+        for file, reason in batch['bad']:
+            if self.seen[file] < 2:
+                tqdm.write(f'skipped: {reason}', file=sys.stderr)
+            self.seen[file] = 2
+
+    def judge(self):
+        dist.all_reduce(self.seen, dist.ReduceOp.MAX)
+        opened, bad = int((self.seen > 0).sum()), int((self.seen == 2).sum())
+        if opened >= 100 and bad > self.cfg.max_bad * opened:
+            raise ValueError(f'{bad} of {opened} files opened so far are unusable, --max_bad is {self.cfg.max_bad}; '
+                             'their names are above')
+        return bad
+
+
+# ---- the algorithm -------------------------------------------------------------------------------------------------
+
+def main(cfg):
+    rank, ranks, device = setup()
+    accumulate, demo, out = check(cfg, ranks), cfg.data is None, Path(cfg.out)
+    if (out / 'last.pt').exists() and not cfg.resume and not demo:
+        raise ValueError(f'{out} holds a run; add --resume to go on with it, or choose another --out')
+    out.mkdir(parents=True, exist_ok=True)
+    folder = make_phantoms(cfg, rank) if demo else cfg.data
+    files, counts = index(cfg, folder, rank)
+    watch = Watch(cfg, files, device)
+
+    student, teacher = networks(cfg, device)
+    center = nn.ModuleDict({kind: losses.Center(cfg.prototypes, cfg.center_momentum) for kind in ('cls', 'patch')})
+    center.to(device)
+    optimizer = torch.optim.AdamW(vit.param_groups(student, cfg.lr, cfg.wd, cfg.layer_decay), fused=True)
+    parts = dict(student=student, teacher=teacher, center=center, optimizer=optimizer)
+    start = restore(out / 'last.pt', parts, watch) if cfg.resume and (out / 'last.pt').exists() else 0
+
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if cfg.amp is None else cfg.amp)
+    ddp = nn.parallel.DistributedDataParallel(student, device_ids=[device] if device.type == 'cuda' else None)
+    batches = iter(DataLoader(Slices(cfg, files, counts), num_workers=cfg.workers, collate_fn=collate,
+                              batch_sampler=micro_batches(cfg, start, rank, ranks, accumulate),
+                              pin_memory=device.type == 'cuda'))
+    log = Log(cfg, rank, start)
+
+    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0, unit='step')
+    for step in bar:
+        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]))
+        now = schedules(cfg, step)
+        for group in optimizer.param_groups:
+            frozen = group['last_layer'] and step < cfg.freeze_last_layer
+            group['lr'] = 0.0 if frozen else now['lr'] * group['lr_scale']
+            group['weight_decay'] = now['wd'] * group['wd_scale']
+
+        micro = [next(batches) for _ in range(accumulate)]
+        pairs = total(sum(len(batch['pair']) for batch in micro), device).item() / (ranks * accumulate)
+        if step == 0:                                       # the centres start at the mean of the first batch
+            with torch.no_grad(), amp:
+                update_centers(center, teacher, [teach(teacher, batch, device) for batch in micro], momentum=0)
+
+        sums, taught = 0, []
+        for i, batch in enumerate(micro):
+            watch.note(batch)
+            with contextlib.nullcontext() if i == accumulate - 1 else ddp.no_sync():
+                with amp:
+                    terms, targets = learn(cfg, ddp, teacher, center, batch, now['teacher_temp'], pairs, device)
+                loss = sum(getattr(cfg, f'{name}_weight') * term for name, term in terms.items())
+                (loss / accumulate).backward()
+            sums = sums + torch.stack([loss, *terms.values()]).detach() / accumulate
+            taught.append(targets)
+
+        means = dict(zip(['total', *terms], (total(sums, device) / ranks).tolist()))
+        norms = [nn.utils.clip_grad_norm_(part.parameters(), cfg.clip) for part in (student.backbone, student.head)]
+        means['grad_norm'] = math.hypot(*(norm.item() for norm in norms))
+        if not all(map(math.isfinite, means.values())):
+            raise ValueError(f'step {step}: not finite: {means}; {out}/last.pt is the last good checkpoint')
+        optimizer.step()
+        optimizer.zero_grad()
+        update_centers(center, teacher, taught)
+        torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - now['momentum'])
+
+        log.images += cfg.batch
+        if step % cfg.log_every == 0 or step == cfg.steps - 1:
+            relaxed, masks_relaxed, enlarged = total(sum(batch['counts'] for batch in micro), device).tolist()
+            log.write(bar, dict(step=step) | means | now | diagnose(terms, taught[-1], center) | dict(
+                relaxed=relaxed / (cfg.batch * (2 + cfg.locals)), masks_relaxed=masks_relaxed / (2 * cfg.batch),
+                enlarged=enlarged / cfg.batch, bad_files=watch.judge(), peak_memory=peak_memory(device)))
+        save(cfg, out, step + 1, parts, watch, rank)
+
+    if demo and rank == 0 and cfg.test_phantoms:
+        report(cfg, teacher, device)
+    dist.destroy_process_group()
+
+
+# ---- the demo ------------------------------------------------------------------------------------------------------
+
+def make_phantoms(cfg, rank):
+    """Breasts for the demo, prepared like any data set: CLAHE, then one .npy each. -> their folder."""
+    folder = Path(cfg.out) / 'phantoms'
+    if rank == 0:
+        print('SMOKE RUN ON PHANTOMS: every part of the method on synthetic breasts, no clinical meaning. '
+              'Pretrain on mammograms with --data DIR.', flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(cfg.phantoms):
+            example = mask.phantom(np.random.default_rng([cfg.seed, i]), slices=8 if i % 3 == 0 else 1)
+            volume = np.stack([mask.clahe(image) for image in example.volume])
+            np.save(folder / f'{i:04d}.npy', volume if len(volume) > 1 else volume[0])
+    dist.barrier()
+    return folder
+
+
+def knn(similarity, labels, k=10, temp=0.07):
+    """Weighted k-nearest-neighbour vote (DINO): similarity (n, m), labels (m,) -> predicted labels (n,). A square
+    similarity with -inf on the diagonal leaves one out."""
+    near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]                           # (n, k)
+    weight = np.exp((np.take_along_axis(similarity, near, 1) - similarity.max(1, keepdims=True)) / temp)
+    votes = np.stack([(weight * (labels[near] == c)).sum(1) for c in range(labels.max() + 1)], axis=1)
+    return votes.argmax(1)
+
+
+def bootstrap(metric, arrays, groups, rng, n=1000):
+    """95 % percentile interval of metric(*arrays), resampling groups (patients, phantoms) with replacement."""
+    rows = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    values = []
+    for _ in range(n):
+        drawn = np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
+        values.append(metric(*(a[drawn] for a in arrays)))
+    return tuple(np.percentile(values, [2.5, 97.5]))
+
+
+if __name__ == '__main__':
+    try:
+        main(parse(Config, sys.argv[1:], DEMO))
+    except (ValueError, OSError) as problem:
+        sys.exit(f'pretrain.py: {problem}')
