@@ -117,15 +117,17 @@ def to_uint8(pixels, padding=None, invert=False):
     valid = pixels if padding is None else pixels[~padding]
     if valid.size == 0:
         raise ValueError('every pixel is padding')
-    low, high = float(valid.min()), float(valid.max())
+    low, high = valid.min(), valid.max()
     if not np.isfinite(low) or not np.isfinite(high):
         raise ValueError('NaN or infinite pixels')
     if low == high:
         raise ValueError(f'a constant image, every pixel is {low:g}')
-    out = pixels.astype(np.float32 if pixels.dtype.itemsize <= 2 else np.float64)
-    out -= low
-    out *= 255 / (high - low)
-    out = np.clip(np.rint(out, out=out), 0, 255, out=out).astype(np.uint8)
+    low, span = float(low), float(high) - float(low)
+    if pixels.dtype.kind in 'ui' and span < 2 ** 16:                                    # each grey value once
+        table = np.rint(np.arange(span + 1) * (255 / span)).astype(np.uint8)
+        out = table[pixels.clip(int(low), int(low + span)) - np.int64(low)]
+    else:
+        out = np.rint(((pixels - low) * (255 / span)).clip(0, 255)).astype(np.uint8)
     if invert:
         out = 255 - out
     if padding is not None:
@@ -181,14 +183,13 @@ def _read_picture(path, frame):
 
 # ---- DICOM --------------------------------------------------------------------------------------------------------
 
-GDCM = 'pip install python-gdcm'
+GDCM = 'python-gdcm'
 OPTIONAL_DECODERS = {'1.2.840.10008.1.2.4.57': GDCM, '1.2.840.10008.1.2.4.70': GDCM,        # JPEG Lossless
-                     '1.2.840.10008.1.2.4.51': GDCM,                                        # JPEG Extended, 12 bit
                      '1.2.840.10008.1.2.4.80': GDCM, '1.2.840.10008.1.2.4.81': GDCM,        # JPEG-LS
-                     **{f'1.2.840.10008.1.2.4.20{i}': 'pip install pylibjpeg pylibjpeg-openjpeg' for i in (1, 2, 3)}}
-STREAMS = {b'\xff\xd8\xff\xc3': '1.2.840.10008.1.2.4.70', b'\xff\xd8\xff\xf7': '1.2.840.10008.1.2.4.80',
-           b'\xff\x4f\xff\x51': '1.2.840.10008.1.2.4.90', b'\xff\xd8\xff\xc0': '1.2.840.10008.1.2.4.50',
-           b'\xff\xd8\xff\xc1': '1.2.840.10008.1.2.4.51'}
+                     **{f'1.2.840.10008.1.2.4.20{i}': 'pylibjpeg pylibjpeg-openjpeg' for i in (1, 2, 3)}}
+FRAME_HEADERS = {0xC0: '1.2.840.10008.1.2.4.50', 0xC1: '1.2.840.10008.1.2.4.51',         # JPEG baseline, extended
+                 0xC3: '1.2.840.10008.1.2.4.70', 0xF7: '1.2.840.10008.1.2.4.80'}         # lossless, JPEG-LS
+ITEM = b'\xfe\xff\x00\xe0'                                 # what encapsulated pixels begin with
 
 
 def _starts_like_dicom(path):
@@ -234,25 +235,35 @@ def _decode(path, ds, first, frame):
     archives hold them, are decoded by what the stream itself says it is."""
     syntax = ds.file_meta.TransferSyntaxUID
     try:
-        if not syntax.is_compressed and b'\xfe\xff\x00\xe0' in first:
-            ds = pydicom.dcmread(path)
-            start = min((at for at in map(ds.PixelData[:4096].find, (b'\xff\xd8\xff', b'\xff\x4f\xff\x51')) if at >= 0),
-                        default=-1)
-            stream = next((uid for mark, uid in STREAMS.items() if mark == ds.PixelData[start:start + 4]), None)
-            if start < 0 or stream is None:
-                raise ValueError('the pixels are encapsulated, the header declares them uncompressed, '
-                                 'and the stream is of no known kind')
-            ds.file_meta.TransferSyntaxUID = syntax = pydicom.uid.UID(stream)
-            ds['PixelData'].is_undefined_length = True
-            return pixel_array(ds, index=frame)
-        return pixel_array(path, index=frame)
-    except AttributeError as error:
-        raise ValueError(f'a DICOM file without decodable pixel data ({str(error).splitlines()[0]})') from error
+        if syntax.is_deflated:                              # compressed as a whole, there is no frame to seek
+            return pixel_array(pydicom.dcmread(path), index=frame)
+        if syntax.is_encapsulated or ITEM not in first:
+            return pixel_array(path, index=frame)
+        ds = pydicom.dcmread(path)
+        ds.file_meta.TransferSyntaxUID = syntax = _syntax_of_stream(ds.PixelData)
+        ds['PixelData'].is_undefined_length = True
+        return pixel_array(ds, index=frame)
     except Exception as error:
-        hint = OPTIONAL_DECODERS.get(syntax)
-        reason = f'needs a decoder: {hint}' if hint and 'gdcm' not in sys.modules and isinstance(error, RuntimeError) \
-            else str(error).strip().replace('\n', ' ')
-        raise ValueError(f'{syntax.name} pixels: {reason}') from error
+        reason = ' '.join(str(error).split())
+        if syntax in OPTIONAL_DECODERS and 'missing dependencies' in reason:
+            reason = f'needs a decoder: pip install {OPTIONAL_DECODERS[syntax]}'
+        elif 'cannot reshape' in reason:
+            reason = f'fewer bytes than {ds.Columns}x{ds.Rows} pixels need, the file is cut short'
+        elif '12-bit precision' in reason:
+            reason = 'no Python decoder reads its 12 bits; convert the file first, with dcmdjpeg of DCMTK for example'
+        raise ValueError(f'{syntax.name} pixels cannot be decoded: {reason}') from error
+
+
+def _syntax_of_stream(data):
+    """The transfer syntax of encapsulated pixels, by the frame header of their first JPEG stream."""
+    at = data.find(b'\xff\xd8\xff', 0, 4096) + 2
+    if at == 1 and data.find(b'\xff\x4f\xff\x51', 0, 4096) >= 0:
+        return pydicom.uid.JPEG2000
+    while at > 1 and data[at] == 0xFF and data[at + 1] != 0xDA:                         # up to the start of scan
+        if data[at + 1] in FRAME_HEADERS:
+            return pydicom.uid.UID(FRAME_HEADERS[data[at + 1]])
+        at += 2 + int.from_bytes(data[at + 2:at + 4], 'big')
+    raise ValueError('they are encapsulated while the header declares them uncompressed, and are of no known kind')
 
 
 def _padding(ds, pixels):
@@ -346,13 +357,13 @@ def tissue(image, percentile=40, kernel=9):
     Min-max normalization keeps the order of pixels, so theta is taken on the grey levels themselves. The paper does
     not give tau; 40 fits best among real films, but a percentile fixes the area of the mask, not the breast.
 
-    percentile=None tunes itself: a third of Otsu's threshold between air and tissue, the same closing and opening,
-    then the largest piece, holes filled. Pieces are told apart after an opening of a sixteenth of the shorter side,
-    which cuts film edges and frames off the breast; what that took from the breast itself is given back.
+    percentile=None tunes itself: theta lies a quarter of the way from the air to Otsu's threshold, then come the same
+    closing and opening, the largest piece, holes filled. Pieces are told apart after an opening of a sixteenth of the
+    shorter side, which cuts film edges and frames off the breast; what that took from the breast itself is given back.
     """
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f'kernel {kernel}: expected an odd number of pixels')
-    theta = otsu(image) / 3 if percentile is None else _percentile(image, percentile)
+    theta = _above_air(image) if percentile is None else _percentile(_histogram(image), percentile)
     mask = opening(closing(image > theta, kernel), kernel)
     if percentile is not None:
         return mask
@@ -370,10 +381,19 @@ def otsu(image):
     return int(np.nanargmax(np.where(weight < 1, between, np.nan))) if np.ptp(image) else int(image.flat[0])
 
 
-def _percentile(image, q):
-    """np.percentile of a uint8 image, from its histogram."""
-    rank = q / 100 * (image.size - 1)
-    low, high = np.searchsorted(_histogram(image).cumsum(), [np.floor(rank), np.ceil(rank)], side='right')
+def _above_air(image):
+    """A quarter of the way from the air, the tenth percentile of what Otsu calls dark, to Otsu's threshold. Air is
+    not always 0: the base of a film is grey, and CLAHE lifts its noise."""
+    split, histogram = otsu(image), _histogram(image)
+    air = _percentile(histogram[:split + 1], 10)
+    return air + (split - air) / 4
+
+
+def _percentile(histogram, q):
+    """np.percentile of uint8 pixels, from their histogram."""
+    cumulative = histogram.cumsum()
+    rank = q / 100 * (cumulative[-1] - 1)
+    low, high = np.searchsorted(cumulative, [np.floor(rank), np.ceil(rank)], side='right')
     return low + (high - low) * (rank % 1)
 
 
@@ -453,11 +473,11 @@ def phantom(rng, slices=1, height=256, width=192, density=None, lesion=None):
     r = np.maximum(np.sqrt(x ** 2 + y ** 2) + wobble, 0)                                # 1 on the skin
     inside = r < 1
 
-    fat = _field(rng, H, W, slope=rng.uniform(1.2, 1.6))
-    glands = [_field(rng, H, W, slope=rng.uniform(1.3, 1.7), longest=0.25 * H) for _ in range(2)]
+    fat = _field(rng, H, W, slope=1.4)
+    glands = [_field(rng, H, W, slope=1.5, longest=0.12 * H) for _ in range(2)]
     strands = [_field(rng, H, W, slope=1.8, longest=0.25 * H, stretch=2.0) for _ in range(2)]
     share = rng.uniform(*GLANDULAR[density])
-    softness = rng.uniform(0.15, 0.35)
+    softness = rng.uniform(0.22, 0.28)
     turn = rng.uniform(0.5, 1.2) * np.linspace(0, np.pi / 2, K)                         # neighbours stay alike
     volume = np.empty((K, H, W), np.float32)
     for k in range(K):
@@ -465,7 +485,7 @@ def phantom(rng, slices=1, height=256, width=192, density=None, lesion=None):
         edge = np.quantile(gland[inside], 1 - share)
         volume[k] = 1 / (1 + np.exp(-np.clip((gland - edge) / softness, -30, 30)))      # soft islands
         volume[k] += 0.35 * np.exp(-(strand / 0.12) ** 2)                               # Cooper's ligaments
-    volume = 0.30 + 0.03 * fat + rng.uniform(0.22, 0.34) * volume
+    volume = 0.30 + 0.03 * fat + rng.uniform(0.26, 0.30) * volume
 
     boxes = np.zeros((0, 5))
     if lesion:
@@ -483,8 +503,8 @@ def phantom(rng, slices=1, height=256, width=192, density=None, lesion=None):
     volume = volume.mean(0, keepdims=True) if slices == 1 else volume
     volume *= np.sqrt(np.clip(1 - r ** rng.uniform(6, 12), 0, 1))                       # thinner towards the skin
     volume[:, (r > 0.975) & inside] += 0.12                                             # the skin line
-    volume = rng.uniform(0.6, 1.0) * np.clip(volume, 0, None) ** rng.uniform(0.6, 1.5)
-    volume += rng.normal(0, rng.uniform(0.005, 0.015), volume.shape).astype(np.float32) * inside
+    volume = rng.uniform(0.6, 1.0) * np.clip(volume, 0, None) ** rng.uniform(0.75, 1.3)
+    volume += rng.normal(0, rng.uniform(0.008, 0.012), volume.shape).astype(np.float32) * inside
     volume[:, ~inside] = 0
     volume = np.uint8(np.clip(volume, 0, 1) * 255)
     if rng.random() < 0.5:                                                              # the other breast

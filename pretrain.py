@@ -638,6 +638,53 @@ def bootstrap(metric, arrays, groups, rng, n=1000):
     return tuple(np.percentile(values, [2.5, 97.5]))
 
 
+def grey_features(images, tissues):
+    """What the grey levels alone say: the mean, and the nine deciles, of the tissue of each image, standardised."""
+    greys = [image[tissue] for image, tissue in zip(images, tissues)]
+    mean = np.array([[g.mean()] for g in greys])                                        # (n, 1)
+    deciles = np.array([np.percentile(g, range(10, 100, 10)) for g in greys])           # (n, 9)
+    return [(f - f.mean(0)) / f.std(0) for f in (mean, deciles)]
+
+
+@torch.no_grad()
+def cls_tokens(network, images, side, device):
+    """uint8 images (n, H, W), each squashed to side x side, -> unit CLS tokens (n, D)."""
+    squashed = np.stack([np.asarray(Image.fromarray(i).resize((side, side), Image.Resampling.BICUBIC)) for i in images])
+    cls, _ = network.backbone(pixels(torch.from_numpy(squashed), device))
+    return nn.functional.normalize(cls.float(), dim=-1).cpu()
+
+
+def report(cfg, teacher, device):
+    """What the demo learnt: leave-one-out k-NN density of unseen phantoms from the CLS token of the whole breast,
+    beside what needs no training; and pictures. -> the table as a dict, also OUT/report.json."""
+    n = cfg.test_phantoms
+    unseen = [mask.phantom(np.random.default_rng([cfg.seed, 1, i])) for i in range(n)]
+    images = np.stack([mask.clahe(p.volume[0]) for p in unseen])
+    density = np.array([p.density for p in unseen])
+    volumes = [mask.phantom(np.random.default_rng([cfg.seed, 2, i]), slices=8).volume for i in range(32)]
+    slices = np.stack([mask.clahe(image) for volume in volumes for image in volume])    # (32 * 8, H, W)
+    untrained = networks(cfg, device)[1]
+
+    correct = {'chance': None}
+    for name, f in zip(('mean grey', 'tissue-grey deciles'), grey_features(images, [p.tissue for p in unseen])):
+        distance = np.square(f[:, None] - f[None]).mean(-1)
+        correct[name] = knn(-distance + np.diag(np.full(n, -np.inf)), density) == density
+    table = {'density k-NN': {'chance': np.bincount(density).max() / n}}
+    for name, network in (('random init', untrained), ('trained teacher', teacher)):
+        x = cls_tokens(network, images, cfg.size, device).numpy()
+        correct[name] = knn(x @ x.T + np.diag(np.full(n, -np.inf)), density) == density
+        y = cls_tokens(network, slices, cfg.size, device).unflatten(0, (32, 8))         # (volumes, slices, D)
+        across = torch.einsum('vkd,wkd->vw', y, y) / 8
+        table[name] = dict(
+            adjacent_cosine=(y[:, 1:] * y[:, :-1]).sum(-1).mean().item(),
+            stranger_cosine=((across.sum() - across.trace()) / (32 * 31)).item(), effective_rank=effective_rank(torch.from_numpy(x)))
+    del correct['chance']
+    table['density k-NN'] |= {name: hits.mean() for name, hits in correct.items()}
+    gain = correct['trained teacher'].astype(float) - correct['random init']
+    table['gain'] = dict(mean=gain.mean(), interval=bootstrap(np.mean, [gain], np.arange(n), np.random.default_rng(0)))
+    print(json.dumps(table, default=float))
+
+
 if __name__ == '__main__':
     try:
         main(parse(Config, sys.argv[1:], DEMO))
