@@ -469,7 +469,7 @@ def phantom(rng, slices=1, height=256, width=192, density=None, lesion=None):
     angle = np.arctan2(y - 0.5, x + 1e-6)
     wobble = sum(rng.normal(0, 0.012) * np.cos(k * angle + rng.uniform(0, 6.28)) for k in (2, 3, 4))
     y = (y - 0.5 - rng.uniform(-0.12, 0.12) * x) / rng.uniform(0.42, 0.49)
-    x = x / (rng.uniform(0.82, 0.97) * W / H)
+    x = x / rng.uniform(0.62, 0.73)                                                     # a wide frame is mostly air
     r = np.maximum(np.sqrt(x ** 2 + y ** 2) + wobble, 0)                                # 1 on the skin
     inside = r < 1
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -118,8 +118,8 @@ class Config:
     test_phantoms: int = option(384, 'ours', 'demo: unseen breasts to test on; 0 skips the test')
 
 
-DEMO = dict(out='runs/demo', workers=0, save_every=10_000, log_every=10, steps=300, batch=32, micro_batch=32, lr=0.0057,
-            warmup=30, layer_decay=1.0, wd_end=0.04, freeze_last_layer=0, size=84, width=128, depth=4, heads=4,
+DEMO = dict(out='runs/demo', workers=0, save_every=10_000, log_every=10, steps=240, batch=32, micro_batch=32, lr=0.0057,
+            warmup=30, layer_decay=1.0, wd_end=0.04, freeze_last_layer=0, volume_items=True, size=84, width=128, depth=4, heads=4,
             drop_path=0.0, layerscale=1.0, prototypes=256, hidden=256, bottleneck=64, locals=4, local_size=42,
             global_scale=(0.25, 0.8), local_scale=(0.06, 0.25), min_coverage=0.7, teacher_temp=0.06,
             teacher_temp_start=0.06, teacher_temp_steps=0, momentum=0.96)
@@ -587,7 +587,8 @@ def main(cfg):
         optimizer.step()
         optimizer.zero_grad()
         update_centers(center, teacher, taught)
-        torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - now['momentum'])
+        with torch.no_grad():
+            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - now['momentum'])
 
         log.images += cfg.batch
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
@@ -605,18 +606,22 @@ def main(cfg):
 # ---- the demo ------------------------------------------------------------------------------------------------------
 
 def make_phantoms(cfg, rank):
-    """Breasts for the demo, prepared like any data set: CLAHE, then one .npy each. -> their folder."""
+    """Breasts for the demo, prepared like any data set: min-max, CLAHE, one .npy each. -> their folder."""
     folder = Path(cfg.out) / 'phantoms'
     if rank == 0:
         print('SMOKE RUN ON PHANTOMS: every part of the method on synthetic breasts, no clinical meaning. '
               'Pretrain on mammograms with --data DIR.', flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(cfg.phantoms):
-            example = mask.phantom(np.random.default_rng([cfg.seed, i]), slices=8 if i % 3 == 0 else 1)
-            volume = np.stack([mask.clahe(image) for image in example.volume])
+            volume = prepared(mask.phantom(np.random.default_rng([cfg.seed, 0, i]), slices=8 if i % 3 == 0 else 1))
             np.save(folder / f'{i:04d}.npy', volume if len(volume) > 1 else volume[0])
     dist.barrier()
     return folder
+
+
+def prepared(example):
+    """The paper's preprocessing (3.1) of a phantom: uint8 (K, H, W)."""
+    return np.stack([mask.clahe(mask.to_uint8(image)) for image in example.volume])
 
 
 def knn(similarity, labels, k=10, temp=0.07):
@@ -638,51 +643,88 @@ def bootstrap(metric, arrays, groups, rng, n=1000):
     return tuple(np.percentile(values, [2.5, 97.5]))
 
 
-def grey_features(images, tissues):
-    """What the grey levels alone say: the mean, and the nine deciles, of the tissue of each image, standardised."""
-    greys = [image[tissue] for image, tissue in zip(images, tissues)]
-    mean = np.array([[g.mean()] for g in greys])                                        # (n, 1)
-    deciles = np.array([np.percentile(g, range(10, 100, 10)) for g in greys])           # (n, 9)
-    return [(f - f.mean(0)) / f.std(0) for f in (mean, deciles)]
-
-
 @torch.no_grad()
-def cls_tokens(network, images, side, device):
-    """uint8 images (n, H, W), each squashed to side x side, -> unit CLS tokens (n, D)."""
-    squashed = np.stack([np.asarray(Image.fromarray(i).resize((side, side), Image.Resampling.BICUBIC)) for i in images])
+def cls_tokens(network, images, device):
+    """uint8 images (n, H, W), each squashed to the encoder's square -> unit CLS tokens (n, D)."""
+    side = (network.backbone.config['size'],) * 2
+    squashed = np.stack([np.asarray(Image.fromarray(i).resize(side, Image.Resampling.BICUBIC)) for i in images])
     cls, _ = network.backbone(pixels(torch.from_numpy(squashed), device))
     return nn.functional.normalize(cls.float(), dim=-1).cpu()
 
 
 def report(cfg, teacher, device):
-    """What the demo learnt: leave-one-out k-NN density of unseen phantoms from the CLS token of the whole breast,
-    beside what needs no training; and pictures. -> the table as a dict, also OUT/report.json."""
-    n = cfg.test_phantoms
+    """What the demo learnt, on breasts it never saw: leave-one-out k-NN density from the CLS token of the whole
+    breast, beside what needs no training. Prints the table, writes OUT/report.json and two pictures."""
+    n, out = cfg.test_phantoms, Path(cfg.out)
     unseen = [mask.phantom(np.random.default_rng([cfg.seed, 1, i])) for i in range(n)]
-    images = np.stack([mask.clahe(p.volume[0]) for p in unseen])
-    density = np.array([p.density for p in unseen])
-    volumes = [mask.phantom(np.random.default_rng([cfg.seed, 2, i]), slices=8).volume for i in range(32)]
-    slices = np.stack([mask.clahe(image) for volume in volumes for image in volume])    # (32 * 8, H, W)
-    untrained = networks(cfg, device)[1]
+    images, density = np.concatenate([prepared(p) for p in unseen]), np.array([p.density for p in unseen])
+    volumes = [prepared(mask.phantom(np.random.default_rng([cfg.seed, 2, i]), slices=8)) for i in range(32)]
+    networks_ = {'random init': networks(cfg, device)[1], 'trained teacher': teacher}
 
-    correct = {'chance': None}
-    for name, f in zip(('mean grey', 'tissue-grey deciles'), grey_features(images, [p.tissue for p in unseen])):
-        distance = np.square(f[:, None] - f[None]).mean(-1)
-        correct[name] = knn(-distance + np.diag(np.full(n, -np.inf)), density) == density
-    table = {'density k-NN': {'chance': np.bincount(density).max() / n}}
-    for name, network in (('random init', untrained), ('trained teacher', teacher)):
-        x = cls_tokens(network, images, cfg.size, device).numpy()
-        correct[name] = knn(x @ x.T + np.diag(np.full(n, -np.inf)), density) == density
-        y = cls_tokens(network, slices, cfg.size, device).unflatten(0, (32, 8))         # (volumes, slices, D)
-        across = torch.einsum('vkd,wkd->vw', y, y) / 8
-        table[name] = dict(
-            adjacent_cosine=(y[:, 1:] * y[:, :-1]).sum(-1).mean().item(),
-            stranger_cosine=((across.sum() - across.trace()) / (32 * 31)).item(), effective_rank=effective_rank(torch.from_numpy(x)))
-    del correct['chance']
-    table['density k-NN'] |= {name: hits.mean() for name, hits in correct.items()}
-    gain = correct['trained teacher'].astype(float) - correct['random init']
-    table['gain'] = dict(mean=gain.mean(), interval=bootstrap(np.mean, [gain], np.arange(n), np.random.default_rng(0)))
-    print(json.dumps(table, default=float))
+    def hits(similarity):
+        return (knn(similarity + np.diag(np.full(n, -np.inf)), density) == density).astype(float)
+
+    greys = [image[p.tissue] for image, p in zip(images, unseen)]
+    features = {'mean grey': [[g.mean()] for g in greys],
+                'tissue-grey deciles': [np.percentile(g, range(10, 100, 10)) for g in greys]}
+    correct, rows = {}, {'chance': dict(knn=np.bincount(density).max() / n)}
+    for name, f in features.items():
+        f = (np.array(f) - np.mean(f, 0)) / np.std(f, 0)
+        correct[name] = hits(-np.square(f[:, None] - f[None]).mean(-1))
+    for name, network in networks_.items():
+        x = cls_tokens(network, images, device)
+        correct[name] = hits((x @ x.T).numpy())
+        y = cls_tokens(network, np.concatenate(volumes), device).unflatten(0, (len(volumes), -1))       # (v, 8, D)
+        rows[name] = dict(effective_rank=effective_rank(x))
+        for suffix, z in (('', y), ('_centred', nn.functional.normalize(y - y.mean((0, 1)), dim=-1))):
+            across = torch.einsum('vkd,wkd->vw', z, z) / z.shape[1]
+            strangers = (across.sum() - across.trace()) / (len(z) * (len(z) - 1))
+            rows[name] |= {f'adjacent{suffix}': (z[:, 1:] * z[:, :-1]).sum(-1).mean().item(),
+                           f'stranger{suffix}': strangers.item()}
+    for name, right in correct.items():
+        rows.setdefault(name, {})['knn'] = right.mean()
+    gain = correct['trained teacher'] - correct['random init']
+    low, high = bootstrap(np.mean, [gain], np.arange(n), np.random.default_rng(0))
+    log = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()[1:]]
+    relaxed = np.mean([line['relaxed'] for line in log])
+
+    columns = ('knn', 'adjacent', 'stranger', 'adjacent_centred', 'stranger_centred', 'effective_rank')
+    print(f'\n{n} unseen phantoms      density   cosine of slices    mean removed          effective')
+    print('                           k-NN     adjacent stranger   adjacent stranger         rank')
+    for name in ('chance', *correct):
+        cells = [f'{rows[name][c]:9.3f}' if c in rows[name] else ' ' * 9 for c in columns]
+        print(f'{name:22s}{cells[0]} {cells[1]}{cells[2]}  {cells[3]}{cells[4]}    {cells[5]}'.rstrip())
+    print(f'trained - random init: {gain.mean():+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}] over phantoms; '
+          f'crops that relaxed rho: {relaxed:.1%}')
+    print('The deciles of the tissue greys tell density better: the demo shows that a property is found without labels, '
+          'not that\nlearning is needed for it.')
+    (out / 'report.json').write_text(json.dumps(dict(rows=rows, gain=gain.mean(), interval=[low, high],
+                                                     relaxed=relaxed), indent=1))
+    pictures(networks_, out)
+
+
+def pictures(networks_, out):
+    """views.png, what the sampler does; attention.png, features and attention before and after training."""
+    wide = mask.phantom(np.random.default_rng(8), width=288, lesion=True)
+    image = prepared(wide)[0]
+    sampler.contact_sheet(np.random.default_rng(1), image, mask.tissue(image, None)).save(out / 'views.png')
+    rows = []
+    for seed in (4, 6):
+        image = prepared(mask.phantom(np.random.default_rng(seed), lesion=True))[0]
+        maps = [vit.overlay(image, m) for network in networks_.values() for m in vit.heatmaps(network.backbone.cpu(), image)]
+        rows.append(np.hstack([mask.overlay(image, mask.tissue(image, None)), *maps]))
+    names = ['image, tissue mask', *(f'{name}: {kind}' for name in networks_ for kind in ('feature', 'attention'))]
+    captioned(np.vstack(rows), names).save(out / 'attention.png')
+    print(f'-> {out}/log.jsonl, last.pt, report.json, views.png, attention.png')
+
+
+def captioned(picture, names):
+    """A row of names under the columns of an RGB picture, as a PIL image."""
+    canvas = Image.new('RGB', (picture.shape[1], picture.shape[0] + 18), 'white')
+    canvas.paste(Image.fromarray(picture))
+    for i, name in enumerate(names):
+        ImageDraw.Draw(canvas).text((i * picture.shape[1] // len(names) + 4, picture.shape[0] + 3), name, fill='black')
+    return canvas
 
 
 if __name__ == '__main__':

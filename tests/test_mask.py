@@ -86,7 +86,7 @@ def test_every_file_kind_gives_the_same_mammogram(tmp_path):
     (tmp_path / 'e.pgm').write_bytes(b'P5 30 40 65535\n' + pixels.astype('>u2').tobytes())
     Image.fromarray(np.repeat(eight[..., None], 3, -1)).save(tmp_path / 'f.png')
     np.save(tmp_path / 'g.npy', pixels)
-    np.save(tmp_path / 'h.npy', pixels.astype(np.float32) / 7)
+    np.save(tmp_path / 'h.npy', pixels.astype(np.float32) / 8)
     dicom(tmp_path / 'i.dcm', pixels)
     dicom(tmp_path / 'j', pixels, ImplicitVRLittleEndian)
     dicom(tmp_path / 'k.dicom', pixels.astype('>u2'), ExplicitVRBigEndian)
