@@ -15,6 +15,7 @@ Copy this file alone; it imports nothing of this repository.
     $ python mask.py prepare SRC DST [--side 1024] [--workers N]
 """
 import argparse
+import contextlib
 import csv
 import os
 import sys
@@ -42,7 +43,8 @@ def frames(path):
 
     Raises ValueError or OSError with one line that says what came and what was expected.
     """
-    return _guard(path, lambda: {'npy': _npy_frames, 'picture': _picture_frames, 'dicom': _dicom_frames}[_kind(path)])
+    with _one_line_errors(path):
+        return {'npy': _npy_frames, 'picture': _picture_frames, 'dicom': _dicom_frames}[_kind(path)](path)
 
 
 def read(path, frame=0, voi=False):
@@ -53,15 +55,13 @@ def read(path, frame=0, voi=False):
     Colour is refused unless the three channels are equal. One frame is decoded, never the volume.
     Raises ValueError or OSError with one line that says what came and what was expected.
     """
-    def reader(path):
-        count = frames(path)
-        if not 0 <= frame < count:
-            raise ValueError(f'frame {frame} is asked for, the file has {count}')
+    with _one_line_errors(path):
         if _kind(path) == 'dicom':
             return _read_dicom(path, frame, voi)
-        pixels = _read_npy(path, frame) if _kind(path) == 'npy' else _read_picture(path, frame)
-        return pixels if _kind(path) == 'npy' and pixels.dtype == np.uint8 else to_uint8(_grey(pixels))
-    return _guard(path, lambda: reader)
+        if _kind(path) == 'picture':
+            return to_uint8(_grey(_read_picture(path, frame)))
+        pixels = _read_npy(path, frame)
+        return pixels if pixels.dtype == np.uint8 else to_uint8(pixels)
 
 
 def listing(root):
@@ -90,19 +90,25 @@ def _kind(path):
     return 'npy' if suffix == '.npy' else 'picture' if suffix in PICTURES else 'dicom'
 
 
-def _guard(path, function):
+@contextlib.contextmanager
+def _one_line_errors(path):
     """Whatever a broken file makes a decoder raise becomes one clear line."""
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         raise ValueError(f'{path}: the file is empty')
     try:
         with warnings.catch_warnings():                     # decoders warn with header values in the text
             warnings.simplefilter('ignore')
-            return function()(path)
+            yield
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise OSError(f'{path}: {error.strerror}') from None
     except Exception as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(text if text.startswith(str(path)) else f'{path}: {text}') from error
+        raise ValueError(f'{path}: {text}') from error
+
+
+def _check_frame(frame, count):
+    if not 0 <= frame < count:
+        raise ValueError(f'frame {frame} is asked for, the file has {count}')
 
 
 def _check_size(height, width):
@@ -127,7 +133,7 @@ def to_uint8(pixels, padding=None, invert=False):
         table = np.rint(np.arange(span + 1) * (255 / span)).astype(np.uint8)
         out = table[pixels.clip(int(low), int(low + span)) - np.int64(low)]
     else:
-        out = np.rint(((pixels - low) * (255 / span)).clip(0, 255)).astype(np.uint8)
+        out = np.rint(((pixels.astype(np.float64) - low) * (255 / span)).clip(0, 255)).astype(np.uint8)
     if invert:
         out = 255 - out
     if padding is not None:
@@ -147,21 +153,22 @@ def _grey(pixels):
 
 
 def _open_npy(path):
+    """(H, W) or (K, H, W) -> a memory map (K, H, W)."""
     array = np.load(path, mmap_mode='r', allow_pickle=False)
-    if array.ndim not in (2, 3) or array.dtype.kind not in 'uifb':
+    if array.ndim not in (2, 3) or array.size == 0 or array.dtype.kind not in 'uifb':
         raise ValueError(f'an array of shape {array.shape} and type {array.dtype}; expected (H, W) or (K, H, W) numbers')
     _check_size(*array.shape[-2:])
-    return array
+    return array[None] if array.ndim == 2 else array
 
 
 def _npy_frames(path):
-    array = _open_npy(path)
-    return 1 if array.ndim == 2 else len(array)
+    return len(_open_npy(path))
 
 
 def _read_npy(path, frame):
     array = _open_npy(path)
-    return np.array(array if array.ndim == 2 else array[frame])
+    _check_frame(frame, len(array))
+    return np.array(array[frame])
 
 
 def _picture_frames(path):
@@ -171,13 +178,14 @@ def _picture_frames(path):
 
 
 def _read_picture(path, frame):
+    _check_frame(frame, _picture_frames(path))
     with Image.open(path) as image:
-        if frame:
-            image.seek(frame)
-            _check_size(image.height, image.width)
-        grey = {'1': 'L', 'LA': 'L', 'La': 'L'}
-        if image.mode in grey or not image.mode.startswith(('L', 'I', 'F')):
-            return np.array(image.convert(grey.get(image.mode, 'RGB')))
+        image.seek(frame)
+        _check_size(image.height, image.width)
+        if image.mode in ('1', 'LA', 'La'):
+            image = image.convert('L')
+        elif not image.mode.startswith(('L', 'I', 'F')):                                # RGB, palette, CMYK, alpha
+            image = image.convert('RGB')
         return np.array(image)
 
 
@@ -215,11 +223,12 @@ def _header(path):
 
 
 def _dicom_frames(path):
-    return max(1, int(_header(path)[0].get('NumberOfFrames') or 1))
+    return int(_header(path)[0].get('NumberOfFrames') or 1)
 
 
 def _read_dicom(path, frame, voi):
     ds, first = _header(path)
+    _check_frame(frame, int(ds.get('NumberOfFrames') or 1))
     pixels = _grey(_decode(path, ds, first, frame))
     padding = _padding(ds, pixels)
     _flatten_groups(ds, frame)
@@ -369,7 +378,7 @@ def tissue(image, percentile=40, kernel=9):
         return mask
     wide = max(kernel, min(image.shape) // 16 | 1)
     core = _largest(opening(mask, wide))
-    return ndimage.binary_fill_holes(mask & _dilate(core, wide))
+    return _fill_holes(mask & _dilate(core, wide))
 
 
 def otsu(image):
@@ -429,6 +438,14 @@ def _window(mask, kernel, axis, combine, neutral):
 def _largest(mask):
     labels, count = ndimage.label(mask)
     return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else mask
+
+
+def _fill_holes(mask):
+    """Adds every piece of background that does not reach the border."""
+    labels, count = ndimage.label(~mask)
+    hole = np.ones(count + 1, bool)
+    hole[[0, *labels[0], *labels[-1], *labels[:, 0], *labels[:, -1]]] = False
+    return mask | hole[labels]
 
 
 def overlay(image, tissue):
@@ -540,7 +557,7 @@ def prepare(src, dst, side=1024, workers=None):
     Returns (written, skipped, rejected).
     """
     src, dst = Path(src), Path(dst)
-    todo, taken, skipped, rejected = [], {}, 0, []
+    todo, taken, skipped, written, rejected = [], {}, 0, 0, []
     for path in listing(src):
         relative = Path(path).relative_to(src)
         named = relative.suffix.lower() in PICTURES | DICOMS | {'.npy'}
@@ -559,9 +576,10 @@ def prepare(src, dst, side=1024, workers=None):
             bar.update()
             if reason:
                 rejected.append((Path(path).relative_to(src), reason))
+            written += not reason
     with open(dst / 'rejected.csv', 'w', newline='') as file:
         csv.writer(file).writerows([('file', 'reason'), *sorted(rejected)])
-    return len(todo) + len(taken) - len(todo) - skipped - len(rejected), skipped, len(rejected)
+    return written, skipped, len(rejected)
 
 
 def _in_order_of_completion(pool, todo, side, ahead=64):

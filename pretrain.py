@@ -92,6 +92,11 @@ class Config:
     local_size: int = option(196, 'dbt-dino 6.1', 'pixels of a local crop')
     global_scale: tuple[float, float] = option((0.5, 1.0), 'dbt-dino 6.1', 'share of the image in a global crop')
     local_scale: tuple[float, float] = option((0.2, 0.5), 'dbt-dino 6.1', 'share of the image in a local crop')
+    jitter: float = option(0.8, 'dinov2', 'probability of brightness and contrast')
+    brightness: float = option(0.4, 'dinov2', 'factor 1 +- this')
+    contrast: float = option(0.4, 'dinov2', 'factor 1 +- this, about the mean of the view')
+    blurs: tuple[float, float, float] = option((1.0, 0.1, 0.5), 'dinov2', 'probability of blur: global 1, global 2, local')
+    solarizes: float = option(0.2, 'dinov2', 'probability of solarization, second global crop')
     mask_prob: float = option(0.5, 'dinov2', 'probability that a global crop is masked')
     mask_ratio: tuple[float, float] = option((0.1, 0.5), 'dinov2', 'share of patches masked')
     mask_min: int = option(4, 'dinov2', 'm_min, patches of the smallest piece')
@@ -135,7 +140,8 @@ def parse(config, argv, demo=None):
         if kind is bool:
             parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(f'--{f.name}', type=kind, nargs=2 if 'tuple' in str(f.type) else None, help=text)
+            many = len(f.default) if isinstance(f.default, tuple) else None
+            parser.add_argument(f'--{f.name}', type=kind, nargs=many, help=text)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     return config(**({} if 'data' in given else demo or {}) | given)
 
@@ -219,7 +225,8 @@ class Slices(Dataset):
             raise ValueError(f'{path}: no breast tissue found in frame {frame}')
         law = np.ones_like(tissue) if cfg.blind_crops else tissue
         out = sampler.views(rng, image, tissue, cfg.size, cfg.local_size, cfg.locals, cfg.patch, cfg.global_scale,
-                            cfg.local_scale, rho=cfg.min_coverage, law=law)
+                            cfg.local_scale, rho=cfg.min_coverage, law=law, jitter=cfg.jitter,
+                            brightness=cfg.brightness, contrast=cfg.contrast, blurs=cfg.blurs, solarizes=cfg.solarizes)
 
         masks, info, masks_relaxed = [], {}, 0
         for grid in np.ones_like(out['grids']) if cfg.blind_masks else out['grids']:

@@ -309,6 +309,13 @@ def test_percentile_and_otsu_are_the_textbook_ones():
     assert within(mask.otsu(image)) == pytest.approx(min(within(t) for t in range(255)))
 
 
+def test_holes_are_filled_as_scipy_fills_them():
+    rng = np.random.default_rng(0)
+    for share in (0.4, 0.6, 0.8):
+        m = rng.random((40, 50)) < share
+        np.testing.assert_array_equal(mask._fill_holes(m), ndimage.binary_fill_holes(m))
+
+
 @pytest.mark.parametrize('air', [0, 12])
 def test_the_self_tuning_mask_keeps_the_breast_and_drops_labels_and_frames(air):
     rng = np.random.default_rng(0)

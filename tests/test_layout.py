@@ -1,0 +1,65 @@
+"""The house: seven files, leaves that stand alone, copies that are equal, a README that names what exists."""
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+LEAVES = ('mask', 'sampler', 'vit', 'losses')
+MAY_IMPORT = {**{leaf: set() for leaf in LEAVES}, 'pretrain': set(LEAVES), 'finetune': {'mask', 'vit'},
+              'detect': {'mask', 'vit'}}
+PACKAGES = {'torch', 'numpy', 'PIL', 'pydicom', 'scipy', 'tqdm'}
+SCRIPTS = [name for name in ('pretrain', 'finetune', 'detect') if (ROOT / f'{name}.py').exists()]
+SHARED = ('parse', 'setup', 'cosine', 'knn', 'bootstrap', 'mcnemar')
+
+
+def source(name):
+    return (ROOT / f'{name}.py').read_text()
+
+
+def test_leaves_import_no_sibling_and_no_file_imports_a_seventh_package():
+    for name, allowed in MAY_IMPORT.items():
+        if not (ROOT / f'{name}.py').exists():
+            continue
+        imported = set()
+        for node in ast.walk(ast.parse(source(name))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split('.')[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split('.')[0])
+        assert imported - set(sys.stdlib_module_names) <= allowed | PACKAGES, name
+
+
+@pytest.mark.parametrize('leaf', LEAVES)
+def test_a_leaf_works_in_an_empty_folder(leaf, tmp_path):
+    (tmp_path / f'{leaf}.py').write_text(source(leaf))
+    done = subprocess.run([sys.executable, '-c', f'import {leaf}'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_requirements_are_the_six_packages():
+    lines = [line for line in (ROOT / 'requirements.txt').read_text().splitlines() if line and not line.startswith('#')]
+    assert {re.split(r'[=~><]', line)[0] for line in lines} == {'torch', 'numpy', 'pillow', 'pydicom', 'scipy', 'tqdm'}
+    assert 'torch==2.13.0' in lines
+
+
+def test_the_scripts_share_their_plumbing_word_for_word():
+    for name in SHARED:
+        copies = {ast.unparse(node) for script in SCRIPTS for node in ast.parse(source(script)).body
+                  if isinstance(node, ast.FunctionDef) and node.name == name}
+        assert len(copies) <= 1, f'{name} differs between the scripts'
+
+
+def test_the_readme_names_only_what_exists():
+    readme = (ROOT / 'README.md').read_text()
+    named = re.findall(r'\b(mask|sampler|vit|losses|pretrain)\.py:(\w+)', readme)
+    assert len(named) > 15
+    for module, name in named:
+        assert re.search(rf'^\s*(def|class) {name}\b|^{name}\s*[:=]', source(module), re.M), f'{module}.py:{name}'
+    for picture in re.findall(r'\]\((\.github/figures/[^)]+)\)', readme):
+        assert (ROOT / picture).exists(), picture
+    fields = set(re.findall(r'^    (\w+): ', source('pretrain').split('class Config')[1].split('DEMO =')[0], re.M))
+    for flag in re.findall(r'`--(\w+)', readme):
+        assert flag in fields | {'help', 'side', 'workers', 'images'} or flag.startswith(('nproc', 'no')), flag

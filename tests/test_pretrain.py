@@ -1,0 +1,348 @@
+"""pretrain.py: the recipe is the paper's, the stream is reproducible, and the run survives what runs meet."""
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from PIL import Image
+
+import mask
+import pretrain
+import vit
+from pretrain import DEMO, Config, Slices, shuffled
+
+TINY = ['--steps', '6', '--batch', '8', '--micro_batch', '8', '--phantoms', '9', '--test_phantoms', '0', '--log_every',
+        '1', '--width', '32', '--heads', '2', '--depth', '2', '--warmup', '2', '--prototypes', '32']
+TIMING = ('images_per_s', 'peak_memory', 'time')
+
+
+def run(out, *flags, ranks=1, ok=True, tiny=TINY):
+    """The script as a user starts it, under torchrun. -> its output and the lines of its log."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks),
+               str(ROOT / 'pretrain.py'), '--out', str(out), *tiny, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    log = out / 'log.jsonl'
+    return done.stdout + done.stderr, [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def timeless(lines):
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines[1:]]
+
+
+@pytest.fixture(scope='module')
+def demo(tmp_path_factory):
+    """One whole run of six steps: folder, output, log."""
+    out = tmp_path_factory.mktemp('demo') / 'run'
+    return out, *run(out, '--keep_every', 3, '--test_phantoms', 24)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A small data set: two mammograms, one volume, as .npy."""
+    where = tmp_path_factory.mktemp('data')
+    for i, slices in enumerate((1, 5, 1)):
+        volume = mask.phantom(np.random.default_rng(i), slices=slices).volume
+        np.save(where / f'{i}.npy', volume if slices > 1 else volume[0])
+    return where
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def slices(folder, **changes):
+    cfg = Config(**DEMO | dict(volume_items=False) | changes)
+    files = mask.listing(folder)
+    return Slices(cfg, files, [mask.frames(f) for f in files])
+
+
+# ---- the recipe ---------------------------------------------------------------------------------------------------
+
+def test_the_defaults_are_the_numbers_of_the_paper():
+    cfg = Config()
+    for name, value in dict(size=518, patch=14, width=768, depth=12, heads=12, steps=300_000, batch=128, wd=0.04,
+                            wd_end=0.20, kernel=9, d_max=4,                                         # MammoDINO
+                            local_size=196, global_scale=(0.5, 1.0), local_scale=(0.2, 0.5),        # DBT-DINO 6.1
+                            locals=8, prototypes=65_536, hidden=2048, bottleneck=256, student_temp=0.1,
+                            teacher_temp=0.07, teacher_temp_start=0.04, teacher_temp_steps=37_500, momentum=0.992,
+                            center_momentum=0.9, lr=0.004, lr_end=1e-6, warmup=12_500, layer_decay=0.9, clip=3.0,
+                            freeze_last_layer=1250, drop_path=0.3, layerscale=1e-5, mask_prob=0.5,
+                            mask_ratio=(0.1, 0.5), mask_min=4, koleo_weight=0.1).items():           # DINOv2
+        assert getattr(cfg, name) == value, name
+    assert 8 * cfg.micro_batch == cfg.batch                                                         # 8 GPUs
+
+
+def test_every_field_has_its_source_and_a_help():
+    for f in fields(Config):
+        assert f.metadata['source'].split()[0] in ('paper', 'dbt-dino', 'dinov2', 'ours'), f.name
+        assert f.metadata['help'], f.name
+    assert set(DEMO) <= {f.name for f in fields(Config)}
+
+
+def test_schedules_follow_dinov2():
+    """The values of DINOv2's CosineScheduler written out as arrays, and the peak it reaches at a batch of 128."""
+    steps, warmup, start, end = 1000, 100, 2.0, 0.5
+    i = np.arange(steps - warmup)
+    theirs = np.concatenate([np.linspace(0, start, warmup),
+                             end + 0.5 * (start - end) * (1 + np.cos(np.pi * i / len(i)))])
+    ours = [pretrain.cosine(step, steps, start, end, warmup) for step in range(steps)]
+    np.testing.assert_allclose(ours, theirs, atol=1e-12)
+    cfg = Config()
+    assert pretrain.schedules(cfg, 0)['lr'] == 0
+    for step in (12_499, 12_500):
+        assert pretrain.schedules(cfg, step)['lr'] == pytest.approx(1.414e-3, rel=1e-3)
+    for name, first, last in [('wd', 0.04, 0.20), ('momentum', 0.992, 1.0), ('teacher_temp', 0.04, 0.07)]:
+        assert pretrain.schedules(cfg, 0)[name] == first
+        assert pretrain.schedules(cfg, 299_999)[name] == pytest.approx(last, abs=1e-6)
+    assert pretrain.schedules(cfg, 18_750)['teacher_temp'] == pytest.approx(0.055)
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--prototypes', '1'], 'at least 2'), (['--batch', '30', '--micro_batch', '16'], 'does not divide'),
+    (['--size', '500'], 'multiples of the patch'), (['--steps', '0'], 'at least 1')])
+def test_what_cannot_work_is_refused_at_once(flags, words):
+    with pytest.raises(ValueError, match=words):
+        pretrain.check(pretrain.parse(Config, flags, DEMO), 1)
+
+
+def test_flags_and_demo(capsys):
+    assert pretrain.parse(Config, [], DEMO).out == 'runs/demo'
+    cfg = pretrain.parse(Config, ['--data', 'x', '--local_scale', '0.1', '0.3', '--percentile', '40', '--no-resume'], DEMO)
+    assert cfg == Config(data='x', local_scale=(0.1, 0.3), percentile=40.0)
+    with pytest.raises(SystemExit):
+        pretrain.parse(Config, ['--bacth', '3'], DEMO)
+    assert 'unrecognized arguments: --bacth' in capsys.readouterr().err
+
+
+# ---- the stream ---------------------------------------------------------------------------------------------------
+
+def test_the_order_of_an_epoch_is_a_permutation():
+    for n in (1, 2, 3, 17, 1000):
+        orders = [tuple(shuffled(i, n, (seed, epoch)) for i in range(n)) for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
+        assert all(sorted(order) == list(range(n)) for order in orders)
+    assert len(set(orders)) == 3 and orders[0] != tuple(range(1000))
+    places = np.array(orders[0])                                        # neighbours land anywhere: mean gap n / 3
+    assert abs(np.abs(np.diff(places)).mean() - 333) < 40
+
+
+def test_the_stream_depends_on_neither_ranks_nor_accumulation():
+    cfg = Config(batch=24, steps=3)
+    one = [i for part in pretrain.micro_batches(cfg, 0, 0, 1, 1) for i in part]
+    assert one == list(range(72))
+    for ranks, accumulate in [(1, 3), (2, 2), (4, 3)]:
+        parts = [list(pretrain.micro_batches(cfg, 1, rank, ranks, accumulate)) for rank in range(ranks)]
+        stream = [i for step in range(2 * accumulate) for rank in range(ranks) for i in parts[rank][step]]
+        assert stream == list(range(24, 72))
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_index(folder):
+    data = slices(folder)
+    assert len(data) == 7
+    a, b, c = data[3], slices(folder)[3], data[3 + 7]
+    for name in ('globals', 'locals', 'masks', 'pair'):
+        np.testing.assert_array_equal(a[name], b[name])
+    assert not np.array_equal(a['globals'], c['globals'])
+    assert sorted(data[i]['file'] for i in range(7)) == [0, 1, 1, 1, 1, 1, 2]
+    assert sorted(slices(folder, volume_items=True)[i]['file'] for i in range(3)) == [0, 1, 2]
+
+
+def test_volumes_bring_a_pair_and_mammograms_none(folder):
+    for data, pairs in [(slices(folder), {0: 0, 1: 1, 2: 0}), (slices(folder, slice_weight=0.0), {0: 0, 1: 0, 2: 0})]:
+        for i in range(7):
+            sample = data[i]
+            assert sample['pair'].shape == (pairs[sample['file']], 2, 84, 84)
+
+
+def test_masks_lie_on_the_crops_as_the_recipe_says(folder):
+    masked = [m.sum() for i in range(60) for m in slices(folder, seed=i)[0]['masks']]
+    share = np.mean([m > 0 for m in masked])                            # half of 120 coins: sd .046
+    assert 0.3 < share < 0.7 and {m for m in masked if m} <= set(range(4, 19))
+
+
+def test_clahe_is_for_every_file_but_prepared_ones(folder, tmp_path):
+    image = mask.phantom(np.random.default_rng(0)).volume[0]
+    Image.fromarray(image).save(tmp_path / 'a.png')
+    np.save(tmp_path / 'b.npy', image)
+    data = slices(tmp_path)
+    np.testing.assert_array_equal(data.load(0, 0), mask.clahe(mask.read(tmp_path / 'a.png')))
+    np.testing.assert_array_equal(data.load(1, 0), image)
+
+
+def test_blind_crops_and_blind_masks_are_two_arms(folder, monkeypatch):
+    seen = {}
+    views, patch_mask = pretrain.sampler.views, pretrain.sampler.patch_mask
+    monkeypatch.setattr(pretrain.sampler, 'views', lambda *a, **k: seen.update(law=k['law']) or views(*a, **k))
+    monkeypatch.setattr(pretrain.sampler, 'patch_mask',
+                        lambda rng, grid, *a, **k: seen.update(grid=grid) or patch_mask(rng, grid, *a, **k))
+    for crops, masks in [(False, False), (True, False), (False, True), (True, True)]:
+        slices(folder, blind_crops=crops, blind_masks=masks)[0]
+        assert seen['law'].all() == crops and (seen['grid'] == 1).all() == masks
+
+
+def test_unusable_images_are_replaced_named_and_counted(tmp_path, group, capsys):
+    breast = mask.phantom(np.random.default_rng(0)).volume[0]
+    for i in range(6):
+        np.save(tmp_path / f'{i}.npy', breast)
+    np.save(tmp_path / '2.npy', np.zeros((256, 192), np.uint8))
+    np.save(tmp_path / '4.npy', breast[:30, :30])
+    data = slices(tmp_path)
+    samples = [data[i] for i in range(6)]
+    assert all(s['file'] not in (2, 4) for s in samples)
+    reasons = {file: reason for s in samples for file, reason in s['bad']}
+    assert set(reasons) == {2, 4}
+    assert 'no breast tissue' in reasons[2] and '30x30 is smaller than the 42 local crop; lower' in reasons[4]
+
+    watch = pretrain.Watch(data.cfg, data.files, torch.device('cpu'))
+    for _ in range(2):
+        watch.note(pretrain.collate(samples))
+    assert watch.judge() == 2 and capsys.readouterr().err.count('skipped') == 2
+    many = pretrain.Watch(data.cfg, ['x'] * 120, torch.device('cpu'))
+    many.seen[:110], many.seen[:6] = 1, 2
+    with pytest.raises(ValueError, match='6 of 110 files.*--max_bad is 0.05'):
+        many.judge()
+
+
+def test_a_folder_of_nothing_usable_is_refused(tmp_path, group):
+    (tmp_path / 'a.dcm').write_text('no')
+    with pytest.raises(ValueError, match='1 of 1 files cannot be read.*not a DICOM file'):
+        pretrain.index(Config(), tmp_path, 0)
+    np.save(tmp_path / 'b.npy', np.zeros((99, 99), np.uint8))
+    with pytest.raises(ValueError, match='not one image of the folder can be used'):
+        slices(tmp_path)[0]
+
+
+# ---- student and teacher ------------------------------------------------------------------------------------------
+
+def test_student_and_teacher_start_alike_and_only_the_student_learns():
+    cfg = Config(**DEMO | dict(drop_path=0.2))
+    student, teacher = pretrain.networks(cfg, torch.device('cpu'))
+    for a, b in zip(student.parameters(), teacher.parameters()):
+        assert torch.equal(a, b) and a.requires_grad and not b.requires_grad
+    assert teacher.backbone.blocks[0].drop_path == 0 and student.backbone.blocks[0].drop_path == 0.2
+    assert student.training and not teacher.training
+
+
+def test_init_takes_the_encoder_of_a_file_and_refuses_another_shape(tmp_path):
+    cfg = Config(**DEMO)
+    torch.manual_seed(5)
+    given = vit.ViT(size=84, width=128, depth=4, heads=2, channels=3, offset=0.1, antialias=False)
+    torch.save(given.state_dict(), tmp_path / 'official.pth')
+    cfg.init, cfg.heads = str(tmp_path / 'official.pth'), 2
+    student, teacher = pretrain.networks(cfg, torch.device('cpu'))
+    for network in (student, teacher):
+        assert torch.equal(network.backbone.pos_embed, given.pos_embed) and network.backbone.offset == 0.1
+    cfg.width = 64
+    with pytest.raises(ValueError, match=r'another encoder: width 128 \(--width 64\)'):
+        pretrain.networks(cfg, torch.device('cpu'))
+
+
+def test_effective_rank_counts_directions():
+    assert pretrain.effective_rank(torch.eye(7)) == pytest.approx(7, rel=1e-4)
+    assert pretrain.effective_rank(torch.ones(7, 3)) == pytest.approx(1, rel=1e-3)
+
+
+def test_knn_and_bootstrap_are_what_they_say():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 30)
+    x = rng.normal(0, 0.2, (90, 3)) + 3 * np.eye(3)[labels]
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    assert (pretrain.knn(x @ x.T + np.diag(np.full(90, -np.inf)), labels) == labels).mean() > 0.95
+    values = rng.normal(1, 1, 400)
+    low, high = pretrain.bootstrap(np.mean, [values], np.arange(400), rng)
+    assert low == pytest.approx(values.mean() - 1.96 / 20, abs=0.03) and high > values.mean() > low
+
+
+# ---- whole runs ---------------------------------------------------------------------------------------------------
+
+def test_the_demo_runs_under_torchrun_and_leaves_what_it_promises(demo):
+    out, text, lines = demo
+    assert 'SMOKE RUN ON PHANTOMS' in text and 'trained - random init' in text
+    for name in ('log.jsonl', 'last.pt', 'step_000003.pt', 'step_000006.pt', 'report.json', 'views.png', 'attention.png'):
+        assert (out / name).exists(), name
+    assert lines[0]['config']['prototypes'] == 32 and [line['step'] for line in lines[1:]] == list(range(6))
+    for line in lines[1:]:
+        assert {'image', 'patch', 'slice', 'koleo', 'total', 'lr', 'wd', 'momentum', 'teacher_temp', 'grad_norm',
+                'teacher_entropy', 'kl', 'center_norm', 'cls_spread', 'effective_rank', 'relaxed', 'masks_relaxed',
+                'bad_files', *TIMING} <= set(line)
+        total = line['image'] + line['patch'] + 0.1 * line['slice'] + 0.1 * line['koleo']
+        assert line['total'] == pytest.approx(total, rel=1e-5)
+        assert line['kl'] >= 0 and 0 <= line['teacher_entropy'] <= math.log(32) + 1e-6
+    assert lines[-1]['slice'] > 0
+
+
+def test_a_checkpoint_is_a_plain_dict_whose_teacher_loads(demo):
+    state = torch.load(demo[0] / 'last.pt', weights_only=True)
+    assert state['step'] == 6 and state['config']['width'] == 32
+    model = vit.load(demo[0] / 'last.pt')
+    assert torch.equal(model.pos_embed, state['teacher']['backbone.pos_embed'])
+
+
+def test_the_teacher_is_the_moving_average_of_the_student(demo):
+    early, late = (torch.load(demo[0] / f'step_00000{k}.pt', weights_only=True) for k in (3, 6))
+    cfg = Config(**demo[2][0]['config'])
+    name = 'backbone.blocks.1.mlp.fc1.weight'
+    assert not torch.equal(early['teacher'][name], late['teacher'][name])
+    kept = math.prod(pretrain.schedules(cfg, step)['momentum'] for step in (3, 4, 5))
+    drift = late['teacher'][name] - kept * early['teacher'][name]
+    towards = (1 - kept) * late['student'][name]
+    assert (drift - towards).norm() < 0.2 * towards.norm()
+
+
+def test_a_resumed_run_is_the_same_run(demo, tmp_path):
+    out = tmp_path / 'run'
+    shutil.copytree(demo[0], out)
+    shutil.copy(out / 'step_000003.pt', out / 'last.pt')
+    _, lines = run(out, '--keep_every', 3, '--resume')
+    assert timeless(lines) == timeless(demo[2])
+    a, b = (torch.load(folder / 'last.pt', weights_only=True) for folder in (demo[0], out))
+    for part in ('student', 'teacher', 'center'):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    for i, moments in a['optimizer']['state'].items():
+        assert all(torch.equal(v, b['optimizer']['state'][i][k]) for k, v in moments.items())
+
+
+def test_two_ranks_give_the_losses_of_one(demo, tmp_path):
+    """Half the batch each: every loss, the gradient norm and the centre agree to rounding, KoLeo and pairs included."""
+    _, lines = run(tmp_path / 'run', ranks=2)
+    assert len(lines) == len(demo[2])
+    for ours, theirs in zip(lines[1:], demo[2][1:]):
+        for name in ('image', 'patch', 'slice', 'koleo', 'total', 'grad_norm', 'center_norm', 'patch_center_norm'):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-4), (ours['step'], name)
+        assert ours['relaxed'] == theirs['relaxed'] and ours['bad_files'] == 0
+
+
+def test_accumulation_moves_everything_once_per_step(demo, tmp_path):
+    """Four micro-batches of two: the same losses but for KoLeo, whose group is the micro-batch; same centres."""
+    _, lines = run(tmp_path / 'run', '--koleo_weight', 0, '--micro_batch', 2, '--steps', 3)
+    _, whole = run(tmp_path / 'whole', '--koleo_weight', 0, '--steps', 3)
+    for ours, theirs in zip(lines[1:], whole[1:]):
+        for name in ('image', 'patch', 'slice', 'grad_norm', 'center_norm', 'patch_center_norm', 'momentum'):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-4), (ours['step'], name)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    text, lines = run(tmp_path / 'run', '--lr', 1e30, '--save_every', 1, '--warmup', 0, ok=False)
+    assert 'not finite' in text and "'image'" in text
+    step = torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)['step']
+    assert f'step {step}: not finite' in text
+
+
+def test_a_folder_of_real_files_trains_and_a_finished_run_is_not_overwritten(folder, tmp_path):
+    flags = ['--data', folder, '--workers', '2', '--size', '84', '--local_size', '42', '--locals', '2', '--hidden', '64',
+             '--bottleneck', '16', '--steps', '2', '--amp']
+    text, lines = run(tmp_path / 'run', *flags)
+    assert 'PHANTOMS' not in text and len(lines) == 3 and all(math.isfinite(line['total']) for line in lines[1:])
+    text, _ = run(tmp_path / 'run', *flags, ok=False)
+    assert 'holds a run; add --resume' in text
