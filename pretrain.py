@@ -707,10 +707,10 @@ def report(cfg, teacher, device):
           'not that\nlearning is needed for it.')
     (out / 'report.json').write_text(json.dumps(dict(rows=rows, gain=gain.mean(), interval=[low, high],
                                                      relaxed=relaxed), indent=1))
-    pictures(networks_, out)
+    pictures(cfg, networks_, out)
 
 
-def pictures(networks_, out):
+def pictures(cfg, networks_, out):
     """views.png, what the sampler does; attention.png, features and attention before and after training."""
     wide = mask.phantom(np.random.default_rng(8), width=288, lesion=True)
     image = prepared(wide)[0]
@@ -718,7 +718,9 @@ def pictures(networks_, out):
     rows = []
     for seed in (4, 6):
         image = prepared(mask.phantom(np.random.default_rng(seed), lesion=True))[0]
-        maps = [vit.overlay(image, m) for network in networks_.values() for m in vit.heatmaps(network.backbone.cpu(), image)]
+        size = [length // cfg.patch * cfg.patch for length in image.shape]
+        maps = [vit.overlay(image, m) for network in networks_.values()
+                for m in vit.heatmaps(network.backbone.cpu(), image, size)]
         rows.append(np.hstack([mask.overlay(image, mask.tissue(image, None)), *maps]))
     names = ['image, tissue mask', *(f'{name}: {kind}' for name in networks_ for kind in ('feature', 'attention'))]
     captioned(np.vstack(rows), names).save(out / 'attention.png')

@@ -72,6 +72,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two layers with GELU between, each token for itself, (B, T, D) -> (B, T, D)."""
+
     def __init__(self, width):
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
@@ -82,6 +84,8 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
+    """A learnt factor per channel on a branch; DINOv2 starts it near 0, so that a block starts as the identity."""
+
     def __init__(self, width, init):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((width,), init))
@@ -280,22 +284,24 @@ def param_groups(model, lr, wd, decay=1.0):
 # ---- pictures (MammoDINO Fig. 3) ----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def heatmaps(model, image):
+def heatmaps(model, image, size=None):
     """image uint8 (H, W) -> feature, attention: two float (h, w) maps in 0..1.
 
     feature: first principal component of the patch tokens, signed so that bright image regions are bright.
     attention: CLS weights of the last block, mean over heads.
+    size: pixels (height, width) to resize to, the square the model was trained on by default.
     """
-    side = model.grid * model.patch
-    pixels = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
-    x = torch.from_numpy(pixels.copy()).view(1, 1, side, side).float() / 255
+    height, width = size or (model.grid * model.patch,) * 2
+    grey = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    x = torch.from_numpy(grey).view(1, 1, height, width).float() / 255
     _, patches = model(x)                                                               # (1, N, D)
     centred = patches[0] - patches[0].mean(0)
     component = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[0]          # (N,)
-    grey = F.avg_pool2d(x, model.patch).flatten()
-    component = component * torch.sign((component * (grey - grey.mean())).sum())
-    maps = component.view(model.grid, model.grid), model.attention(x)[0].mean(0)
-    return [((m - m.min()) / (m.max() - m.min()).clamp_min(1e-12)).numpy() for m in maps]
+    brightness = F.avg_pool2d(x, model.patch)[0, 0]                                     # (h, w)
+    component = component.view_as(brightness)
+    component = component * torch.sign((component * (brightness - brightness.mean())).sum())
+    return [((m - m.min()) / (m.max() - m.min()).clamp_min(1e-12)).numpy()
+            for m in (component, model.attention(x)[0].mean(0))]
 
 
 def overlay(image, heat):

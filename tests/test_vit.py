@@ -1,8 +1,11 @@
 """vit.py: the official DINOv2 network to the digit, one grey channel without loss."""
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from conftest import CASES
+from conftest import CASES, ROOT
 from torch import nn
 
 import vit
@@ -128,3 +131,18 @@ def test_attention_is_what_the_last_block_uses():
 def test_sides_must_be_multiples_of_the_patch():
     with pytest.raises(ValueError, match='multiples of the patch'):
         ViT(size=28, width=32, depth=1, heads=2)(torch.rand(1, 1, 30, 28))
+
+
+def test_heatmaps_and_the_command_line(tmp_path):
+    model = ViT(size=56, width=32, depth=2, heads=2).eval()
+    image = np.zeros((80, 60), np.uint8)
+    image[20:60, 20:50] = 200
+    for size, grid in [(None, (4, 4)), ((84, 56), (6, 4))]:
+        for heat in vit.heatmaps(model, image, size):
+            assert heat.shape == grid and heat.min() == 0 and heat.max() == 1
+    assert vit.overlay(image, heat).shape == (80, 60, 3)
+    torch.save({'vit': model.config, 'teacher': {f'backbone.{k}': v for k, v in model.state_dict().items()}},
+               tmp_path / 'c.pt')
+    np.save(tmp_path / 'a.npy', image)
+    done = subprocess.run([sys.executable, ROOT / 'vit.py', 'a.npy', 'c.pt'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / 'heatmap.png').exists(), done.stderr
