@@ -49,10 +49,15 @@ class Head(nn.Module):
 
     def embed(self, x):
         """Tokens (..., width) -> unit vectors (..., E), what the last layer compares with its prototypes."""
-        return F.normalize(self.mlp(x), dim=-1)
+        return F.normalize(self.mlp(x).float(), dim=-1)
 
     def forward(self, x):
-        return self.last_layer(self.embed(x))
+        return self.logits(self.embed(x))
+
+    def logits(self, embedded):
+        """Unit vectors (..., E) -> (..., K). At tau = 0.04 the rounding of 16-bit logits would be seen in p: fp32."""
+        with torch.autocast(embedded.device.type, enabled=False):
+            return self.last_layer(embedded)
 
 
 class Center(nn.Module):
@@ -93,17 +98,17 @@ class Center(nn.Module):
 def image_loss(student, teacher, temp=0.1):
     """DINO-M (MammoDINO 2.2): student (S, B, K) logits, teacher (G, B, K) probabilities -> ().
 
-        L = - 1/|pairs| sum_u sum_v mean_b sum_k p_t(u)_k log p_s(v)_k        for views u != v
+        L = - 1/|pairs| sum_u sum_v mean_b sum_k p_t(v)_k log p_s(u)_k        for views u != v
 
     Views stand in the same order on both sides, globals first. The paper prints the sum over all pairs; DINO and
     DINOv2 leave out the pairs in which both sides see the same view, and so do we.
     """
     log_p = F.log_softmax(student.float() / temp, dim=-1)                               # (S, B, K)
     terms = []
-    for u in range(len(teacher)):
-        for v in range(len(student)):
+    for u in range(len(student)):
+        for v in range(len(teacher)):
             if u != v:
-                terms.append(-(teacher[u].detach().float() * log_p[v]).sum(-1).mean())
+                terms.append(-(teacher[v].detach().float() * log_p[u]).sum(-1).mean())
     if not terms:
         raise ValueError('image_loss: one view gives no pair of different views; give the student at least two')
     return torch.stack(terms).mean()
@@ -126,7 +131,8 @@ def chunked_patch_loss(student, prototypes, teacher, weight, images, temp=0.1, r
 
     student (M, E) embeddings and prototypes (K, E) have gradients; `teacher(slice) -> (rows, K) probabilities`.
     """
-    return _ChunkedCrossEntropy.apply(student, prototypes, teacher, weight, temp, rows) / images
+    with torch.autocast(student.device.type, enabled=False):
+        return _ChunkedCrossEntropy.apply(student, prototypes, teacher, weight, temp, rows) / images
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -158,8 +164,9 @@ def adjacent_loss(student, teacher, temp=0.1, pairs=None):
 
         L = - 1/pairs sum_p sum_k p_t(C_t)_k log p_s(C_s)_k
 
-    The paper prints p_s(C_s) = softmax(C_t / tau_s); C_s is meant. `pairs` counts the pairs of the whole step, over
-    ranks and micro-batches (default P); 2D mammograms have none, and a batch without pairs gives 0.
+    The paper prints p_s(C_s) = softmax(C_t / tau_s); C_s is meant. `pairs` is the divisor, P by default: the pairs of
+    the whole step, over ranks and micro-batches, over which the losses are summed. Where they are averaged over R
+    ranks and A micro-batches instead, hand over the step's pairs / (R A). A batch without pairs gives 0.
     """
     log_p = F.log_softmax(student.float() / temp, dim=-1)                               # (P, K)
     pairs = len(student) if pairs is None else pairs
@@ -175,7 +182,7 @@ def koleo(x, volume=None):
     slices of one DBT volume are near-duplicates, and KoLeo would push apart what DINO-adj pulls together. Rows of
     2D mammograms have ids of their own. A group of one row has no neighbour and gives 0.
     """
-    with torch.autocast(x.device.type, enabled=False):                                  # 1e-8 is nothing in 16 bits
+    with torch.autocast(x.device.type, enabled=False):                                  # neighbours differ by less
         x = F.normalize(gather(x.float()), dim=-1, eps=1e-8)
         if volume is not None:
             x = x[first_of_each(gather(volume))]
@@ -194,7 +201,8 @@ def _world():
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all ranks, in rank order; the backward pass sums every rank's gradient for our rows."""
+    """Rows of all ranks, in rank order; the backward pass sums every rank's gradient for our rows. A loss that all
+    ranks compute alike from gathered rows then comes out right once the ranks' gradients are averaged, as DDP does."""
 
     @staticmethod
     def forward(ctx, x):
@@ -204,7 +212,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)                        # the buffer may be shared
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 

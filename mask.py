@@ -21,6 +21,7 @@ import os
 import sys
 import warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from tqdm import tqdm
 
 PICTURES = {'.png', '.tif', '.tiff', '.pgm', '.jpg', '.jpeg'}
 DICOMS = {'.dcm', '.dicom', '.ima'}
+SUFFIXES = PICTURES | DICOMS | {'.npy'}
 MAX_PIXELS = 80_000_000             # per frame; the largest film scans have 35 million
 
 
@@ -44,7 +46,12 @@ def frames(path):
     Raises ValueError or OSError with one line that says what came and what was expected.
     """
     with _one_line_errors(path):
-        return {'npy': _npy_frames, 'picture': _picture_frames, 'dicom': _dicom_frames}[_kind(path)](path)
+        if _kind(path) == 'dicom':
+            return _dicom_frames(path, _header(path)[0])
+        if _kind(path) == 'picture':
+            with _open_picture(path) as image:
+                return _pages(image)
+        return len(_open_npy(path))
 
 
 def read(path, frame=0, voi=False):
@@ -59,26 +66,33 @@ def read(path, frame=0, voi=False):
         if _kind(path) == 'dicom':
             return _read_dicom(path, frame, voi)
         if _kind(path) == 'picture':
-            return to_uint8(_grey(_read_picture(path, frame)))
-        pixels = _read_npy(path, frame)
+            return _read_picture(path, frame)
+        volume = _open_npy(path)
+        _check_frame(frame, len(volume))
+        pixels = np.array(volume[frame])
         return pixels if pixels.dtype == np.uint8 else to_uint8(pixels)
 
 
 def listing(root):
-    """Every image file below `root`, sorted. Files of unknown suffix count if they start like DICOM."""
+    """Every image file below `root`, sorted, through linked folders too. Files named without a suffix, or with a
+    number for one, count if they start like DICOM; hidden files and DICOMDIR do not."""
     if not os.path.isdir(root):
         raise ValueError(f'{root}: not a folder; expected a folder of DICOM, PNG, TIFF, PGM, JPEG or .npy files')
 
     def refuse(error):
         raise OSError(f'{error.filename}: the folder cannot be read ({error.strerror}); mend its permissions')
 
-    found = []
-    for folder, _, names in os.walk(root, onerror=refuse):
+    found, seen = [], set()
+    for folder, inner, names in os.walk(root, onerror=refuse, followlinks=True):
+        if os.path.realpath(folder) in seen:                # a link back to where we were
+            inner.clear()
+            continue
+        seen.add(os.path.realpath(folder))
         for name in names:
             suffix, path = Path(name).suffix.lower(), os.path.join(folder, name)
-            if suffix in PICTURES | DICOMS | {'.npy'}:
-                found.append(path)
-            elif (not suffix or suffix[1:].isdigit()) and _starts_like_dicom(path):         # named by number or UID
+            if name.startswith('.') or name == 'DICOMDIR':
+                continue
+            if suffix in SUFFIXES or (not suffix or suffix[1:].isdigit()) and _starts_like_dicom(path):
                 found.append(path)
     if not found:
         raise ValueError(f'{root}: no DICOM, PNG, TIFF, PGM, JPEG or .npy file in it')
@@ -102,8 +116,7 @@ def _one_line_errors(path):
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise OSError(f'{path}: {error.strerror}') from None
     except Exception as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f'{path}: {text}') from error
+        raise ValueError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _check_frame(frame, count):
@@ -129,7 +142,7 @@ def to_uint8(pixels, padding=None, invert=False):
     if low == high:
         raise ValueError(f'a constant image, every pixel is {low:g}')
     low, span = float(low), float(high) - float(low)
-    if pixels.dtype.kind in 'ui' and span < 2 ** 16:                                    # each grey value once
+    if pixels.dtype.kind in 'ui' and pixels.dtype.itemsize < 8 and span < 2 ** 16:      # each grey value once
         table = np.rint(np.arange(span + 1) * (255 / span)).astype(np.uint8)
         out = table[pixels.clip(int(low), int(low + span)) - np.int64(low)]
     else:
@@ -153,40 +166,44 @@ def _grey(pixels):
 
 
 def _open_npy(path):
-    """(H, W) or (K, H, W) -> a memory map (K, H, W)."""
-    array = np.load(path, mmap_mode='r', allow_pickle=False)
-    if array.ndim not in (2, 3) or array.size == 0 or array.dtype.kind not in 'uifb':
+    """(H, W) or (K, H, W) -> a memory map (K, H, W). Nothing is ever unpickled."""
+    try:
+        array = np.lib.format.open_memmap(path, mode='r')
+    except ValueError as error:
+        raise ValueError('not a .npy file of numbers; expected an array saved by numpy.save') from error
+    if array.ndim not in (2, 3) or array.size == 0 or array.dtype.kind not in 'uifb' or array.shape[-1] <= 4:
         raise ValueError(f'an array of shape {array.shape} and type {array.dtype}; expected (H, W) or (K, H, W) numbers')
     _check_size(*array.shape[-2:])
     return array[None] if array.ndim == 2 else array
 
 
-def _npy_frames(path):
-    return len(_open_npy(path))
+def _open_picture(path):
+    try:
+        image = Image.open(path)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError('not an image; expected PNG, TIFF, PGM or JPEG') from error
+    _check_size(image.height, image.width)
+    return image
 
 
-def _read_npy(path, frame):
-    array = _open_npy(path)
-    _check_frame(frame, len(array))
-    return np.array(array[frame])
-
-
-def _picture_frames(path):
-    with Image.open(path) as image:
-        _check_size(image.height, image.width)
-        return image.n_frames if image.format == 'TIFF' else 1
+def _pages(image):
+    return image.n_frames if image.format == 'TIFF' else 1
 
 
 def _read_picture(path, frame):
-    _check_frame(frame, _picture_frames(path))
-    with Image.open(path) as image:
+    with _open_picture(path) as image:
+        _check_frame(frame, _pages(image))
         image.seek(frame)
         _check_size(image.height, image.width)
+        deep = image.mode.startswith(('I', 'F'))                                        # 16 or 32 bit grey
+        if not deep and ';16' in str(image.tile):
+            raise ValueError('16-bit colour, of which only 8 bits would be read; save it as 16-bit grey')
+        white_is_zero = deep and image.format == 'TIFF' and image.tag_v2.get(262) == 0  # Pillow mends 8 bit itself
         if image.mode in ('1', 'LA', 'La'):
             image = image.convert('L')
-        elif not image.mode.startswith(('L', 'I', 'F')):                                # RGB, palette, CMYK, alpha
+        elif not deep and image.mode != 'L':                                            # RGB, palette, CMYK, alpha
             image = image.convert('RGB')
-        return np.array(image)
+        return to_uint8(_grey(np.array(image)), invert=white_is_zero)
 
 
 # ---- DICOM --------------------------------------------------------------------------------------------------------
@@ -203,46 +220,63 @@ ITEM = b'\xfe\xff\x00\xe0'                                 # what encapsulated p
 def _starts_like_dicom(path):
     try:
         with open(path, 'rb') as file:
-            return file.read(132)[128:] == b'DICM'
+            return os.path.isfile(path) and file.read(132)[128:] == b'DICM'
     except OSError:
         return False
 
 
+@contextlib.contextmanager
+def _quiet_header():
+    """The texts of header errors quote the header, a patient's name with it; only their kind is passed on."""
+    try:
+        yield
+    except pydicom.errors.InvalidDicomError:
+        raise ValueError('not a DICOM file (no DICM mark after 128 bytes)') from None
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f'the DICOM header is damaged ({type(error).__name__})') from None
+
+
 def _header(path):
     """Everything before the pixels, and the first bytes of those."""
-    with open(path, 'rb') as file:
-        try:
-            ds = pydicom.dcmread(file, stop_before_pixels=True)
-        except pydicom.errors.InvalidDicomError:
-            raise ValueError('not a DICOM file (no DICM mark after 128 bytes)') from None
+    with open(path, 'rb') as file, _quiet_header():
+        ds = pydicom.dcmread(file, stop_before_pixels=True)
         first = file.read(24)
-    if 'Rows' not in ds or 'Columns' not in ds:
-        raise ValueError('a DICOM file without an image (no rows and columns)')
-    _check_size(ds.Rows, ds.Columns)
+        rows, columns, syntax = ds.get('Rows'), ds.get('Columns'), ds.file_meta.get('TransferSyntaxUID')
+    if not rows or not columns or not syntax:
+        raise ValueError('a DICOM file without an image (no rows, columns or transfer syntax)')
+    _check_size(rows, columns)
     return ds, first
 
 
-def _dicom_frames(path):
-    return int(_header(path)[0].get('NumberOfFrames') or 1)
+def _dicom_frames(path, ds):
+    with _quiet_header():
+        count = int(ds.get('NumberOfFrames') or 1)
+    if not 1 <= count <= os.path.getsize(path):
+        raise ValueError(f'declares {count} frames in a file of {os.path.getsize(path)} bytes')
+    return count
 
 
 def _read_dicom(path, frame, voi):
     ds, first = _header(path)
-    _check_frame(frame, int(ds.get('NumberOfFrames') or 1))
+    _check_frame(frame, _dicom_frames(path, ds))
     pixels = _grey(_decode(path, ds, first, frame))
-    padding = _padding(ds, pixels)
-    _flatten_groups(ds, frame)
-    if float(ds.get('RescaleSlope') or 1) != 1 or ds.get('RescaleIntercept') or 'ModalityLUTSequence' in ds:
-        pixels = apply_modality_lut(pixels, ds)
-    if voi:
-        pixels = apply_voi_lut(pixels, ds, index=0)
-    return to_uint8(pixels, padding, invert=ds.PhotometricInterpretation == 'MONOCHROME1')
+    with _quiet_header():
+        _flatten_groups(ds, frame)
+        padding, inverted = _padding(ds, pixels), ds.PhotometricInterpretation == 'MONOCHROME1'
+        pixels = _rescale(ds, pixels)
+        if voi:
+            pixels = apply_voi_lut(pixels, ds, index=0)
+    return to_uint8(pixels, padding, inverted)
 
 
 def _decode(path, ds, first, frame):
     """The stored values of one frame. Encapsulated pixels behind an uncompressed transfer syntax, as some Hologic
     archives hold them, are decoded by what the stream itself says it is."""
     syntax = ds.file_meta.TransferSyntaxUID
+    if ds.get('SamplesPerPixel', 1) == 1 and ds.get('PhotometricInterpretation') not in ('MONOCHROME1', 'MONOCHROME2'):
+        raise ValueError('neither MONOCHROME1 nor MONOCHROME2, so its values are not greys')
     try:
         if syntax.is_deflated:                              # compressed as a whole, there is no frame to seek
             return pixel_array(pydicom.dcmread(path), index=frame)
@@ -256,8 +290,8 @@ def _decode(path, ds, first, frame):
         reason = ' '.join(str(error).split())
         if syntax in OPTIONAL_DECODERS and 'missing dependencies' in reason:
             reason = f'needs a decoder: pip install {OPTIONAL_DECODERS[syntax]}'
-        elif 'cannot reshape' in reason:
-            reason = f'fewer bytes than {ds.Columns}x{ds.Rows} pixels need, the file is cut short'
+        elif 'cannot reshape' in reason or 'could not broadcast' in reason:
+            reason = f'they are not {ds.Columns}x{ds.Rows}; the file is cut short or its header is wrong'
         elif '12-bit precision' in reason:
             reason = 'no Python decoder reads its 12 bits; convert the file first, with dcmdjpeg of DCMTK for example'
         raise ValueError(f'{syntax.name} pixels cannot be decoded: {reason}') from error
@@ -268,7 +302,7 @@ def _syntax_of_stream(data):
     at = data.find(b'\xff\xd8\xff', 0, 4096) + 2
     if at == 1 and data.find(b'\xff\x4f\xff\x51', 0, 4096) >= 0:
         return pydicom.uid.JPEG2000
-    while at > 1 and data[at] == 0xFF and data[at + 1] != 0xDA:                         # up to the start of scan
+    while 1 < at < len(data) - 3 and data[at] == 0xFF and data[at + 1] != 0xDA:         # up to the start of scan
         if data[at + 1] in FRAME_HEADERS:
             return pydicom.uid.UID(FRAME_HEADERS[data[at + 1]])
         at += 2 + int.from_bytes(data[at + 2:at + 4], 'big')
@@ -277,12 +311,20 @@ def _syntax_of_stream(data):
 
 def _padding(ds, pixels):
     """bool (H, W), True where the stored value is PixelPaddingValue or in its range; None where nothing is."""
-    low = ds.get('PixelPaddingValue')
+    low, high = ds.get('PixelPaddingValue'), ds.get('PixelPaddingRangeLimit')
     if low is None:
         return None
-    high = ds.get('PixelPaddingRangeLimit', low)
-    padding = (pixels >= min(low, high)) & (pixels <= max(low, high))
+    ends = np.array([low, low if high is None else high]).astype(pixels.dtype)          # some write -2000 as 63536
+    padding = (pixels >= ends.min()) & (pixels <= ends.max())
     return padding if padding.any() else None
+
+
+def _rescale(ds, pixels):
+    """The modality LUT, or slope and intercept. The stretch undoes both, but for the sign and for a window."""
+    if ds.get('ModalityLUTSequence'):
+        return apply_modality_lut(pixels, ds)
+    slope, intercept = float(ds.get('RescaleSlope') or 1), float(ds.get('RescaleIntercept') or 0)
+    return pixels if (slope, intercept) == (1, 0) else pixels * slope + intercept
 
 
 def _flatten_groups(ds, frame):
@@ -302,8 +344,9 @@ def clahe(image, clip=2.0, tiles=8):
 
     The image is cut into tiles x tiles; each tile's histogram is clipped at `clip` times its mean, what was clipped
     is spread evenly, and its cumulative sum is a grey table. A pixel takes the four nearest tables, bilinearly.
-    Padding, rounding and order are OpenCV's, whose results it equals.
+    Padding, rounding and order are OpenCV's, whose results it equals for any clip above 0.
     """
+    _check_uint8(image)
     H, W = image.shape
     padded = image
     if H % tiles or W % tiles:
@@ -368,8 +411,11 @@ def tissue(image, percentile=40, kernel=9):
 
     percentile=None tunes itself: theta lies a quarter of the way from the air to Otsu's threshold, then come the same
     closing and opening, the largest piece, holes filled. Pieces are told apart after an opening of a sixteenth of the
-    shorter side, which cuts film edges and frames off the breast; what that took from the breast itself is given back.
+    shorter side, which cuts film edges and frames off the breast; half its width around the piece is then given back.
     """
+    _check_uint8(image)
+    if percentile is not None and not 0 <= percentile <= 100:
+        raise ValueError(f'percentile {percentile}: expected 0..100, or None')
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f'kernel {kernel}: expected an odd number of pixels')
     theta = _above_air(image) if percentile is None else _percentile(_histogram(image), percentile)
@@ -378,7 +424,12 @@ def tissue(image, percentile=40, kernel=9):
         return mask
     wide = max(kernel, min(image.shape) // 16 | 1)
     core = _largest(opening(mask, wide))
-    return _fill_holes(mask & _dilate(core, wide))
+    return _fill_holes(_largest(mask & _dilate(core, wide)))
+
+
+def _check_uint8(image):
+    if image.dtype != np.uint8 or image.ndim != 2:
+        raise ValueError(f'an image of shape {image.shape} and type {image.dtype}; expected (H, W) uint8, as `read` gives')
 
 
 def otsu(image):
@@ -557,10 +608,14 @@ def prepare(src, dst, side=1024, workers=None):
     Returns (written, skipped, rejected).
     """
     src, dst = Path(src), Path(dst)
+    if dst.resolve().is_relative_to(src.resolve()):
+        raise ValueError(f'{dst} lies in {src}, it would be prepared again next time; choose a folder outside')
+    if side < 1:
+        raise ValueError(f'--side {side}: expected at least 1 pixel')
     todo, taken, skipped, written, rejected = [], {}, 0, 0, []
     for path in listing(src):
         relative = Path(path).relative_to(src)
-        named = relative.suffix.lower() in PICTURES | DICOMS | {'.npy'}
+        named = relative.suffix.lower() in SUFFIXES
         target = dst / (relative.with_suffix('.npy') if named else f'{relative}.npy')
         if target in taken:
             rejected.append((relative, f'would become the same file as {taken[target]}; rename one'))
@@ -571,14 +626,18 @@ def prepare(src, dst, side=1024, workers=None):
         taken.setdefault(target, relative)
 
     dst.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=len(todo), unit='file') as bar:
-        for path, reason in _in_order_of_completion(pool, todo, side):
-            bar.update()
-            if reason:
-                rejected.append((Path(path).relative_to(src), reason))
-            written += not reason
-    with open(dst / 'rejected.csv', 'w', newline='') as file:
-        csv.writer(file).writerows([('file', 'reason'), *sorted(rejected)])
+    try:
+        with ProcessPoolExecutor(workers) as pool, tqdm(total=len(todo), unit='file') as bar:
+            for path, reason in _in_order_of_completion(pool, todo, side):
+                bar.update()
+                written += not reason
+                if reason:
+                    rejected.append((Path(path).relative_to(src), reason))
+    except BrokenProcessPool:
+        raise ValueError('a worker died, probably out of memory; lower --workers and start again') from None
+    finally:
+        with open(dst / 'rejected.csv', 'w', newline='') as file:
+            csv.writer(file).writerows([('file', 'reason'), *sorted(rejected)])
     return written, skipped, len(rejected)
 
 
@@ -609,43 +668,49 @@ def _prepare_one(path, target, side):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shape = image.shape if count == 1 else (count, *image.shape)
                 out = np.lib.format.open_memmap(part, mode='w+', dtype=np.uint8, shape=shape)
+            if image.shape != out.shape[-2:]:
+                raise ValueError(f'frame {k} is {image.shape[1]}x{image.shape[0]}, frame 0 is {out.shape[2]}x{out.shape[1]}')
             out[... if count == 1 else k] = image
         out.flush()
         os.replace(part, target)
-    except (ValueError, OSError) as error:
+    except Exception as error:                              # one file never ends the run
         part.unlink(missing_ok=True)
-        return str(error).removeprefix(f'{path}: ')
+        return str(error).removeprefix(f'{path}: ') or type(error).__name__
 
 
-def _main():
-    if sys.argv[1:2] == ['prepare']:
-        parser = argparse.ArgumentParser(prog='mask.py prepare', description=prepare.__doc__,
-                                         formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument('src')
-        parser.add_argument('dst')
+def _main(arguments):
+    usage = 'mask.py [FILE] [OUT.png]  |  mask.py prepare SRC DST [--side 1024] [--workers N]'
+    if arguments[:1] == ['prepare']:
+        parser = argparse.ArgumentParser(usage=usage)
+        parser.add_argument('src', help='folder of images')
+        parser.add_argument('dst', help='folder of .npy to write')
         parser.add_argument('--side', type=int, default=1024, help='pixels of the shorter side at most')
         parser.add_argument('--workers', type=int, help='processes (default: all cores)')
-        written, skipped, rejected = prepare(**vars(parser.parse_args(sys.argv[2:])))
+        written, skipped, rejected = prepare(**vars(parser.parse_args(arguments[1:])))
         print(f'{written} written, {skipped} were there, {rejected} rejected')
         return
-    out = Path(sys.argv[2] if len(sys.argv) > 2 else 'tissue.png')
-    if len(sys.argv) > 1:
-        image = read(sys.argv[1])
+    parser = argparse.ArgumentParser(usage=usage)
+    parser.add_argument('file', nargs='?', help='an image; without one, a phantom')
+    parser.add_argument('out', nargs='?', default='tissue.png', help='the picture to write')
+    args = parser.parse_args(arguments)
+    if args.file:
+        count = frames(args.file)
+        image = read(args.file, count // 2)
+        image = image if _kind(args.file) == 'npy' else clahe(image)
         mask = tissue(image, percentile=None)
-        print(f'{sys.argv[1]}: {image.shape[1]}x{image.shape[0]}, {frames(sys.argv[1])} frame(s), '
-              f'tissue {mask.mean():.1%}')
+        print(f'{args.file}: {image.shape[1]}x{image.shape[0]}, {count} frame(s), tissue {mask.mean():.1%}')
     else:
-        example = phantom(np.random.default_rng(0))
-        image, truth = example.volume[0], example.tissue
+        example = phantom(np.random.default_rng(0), width=288)
+        image, truth = clahe(to_uint8(example.volume[0])), example.tissue
         mask = tissue(image, percentile=None)
         for name, m in [('self-tuning', mask), ('percentile 40', tissue(image))]:
             print(f'{name:14s} overlap with the true mask {(m & truth).sum() / (m | truth).sum():.3f}')
-    Image.fromarray(overlay(image, mask)).save(out)
-    print(f'-> {out}')
+    Image.fromarray(overlay(image, mask)).save(args.out)
+    print(f'-> {args.out}')
 
 
 if __name__ == '__main__':
     try:
-        _main()
+        _main(sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f'mask.py: {error}')

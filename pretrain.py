@@ -18,9 +18,11 @@ import json
 import math
 import os
 import resource
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +59,7 @@ class Config:
     save_every: int = option(1000, 'ours', 'steps between checkpoints')
     keep_every: int = option(0, 'dbt-dino 6.1', 'steps between checkpoints kept for good; 0 keeps the last')
     log_every: int = option(10, 'ours', 'steps between lines of the log')
-    max_bad: float = option(0.05, 'ours', 'stop above this share of unreadable files')
+    max_bad: float = option(0.05, 'ours', 'stop above this share of files with an unusable frame')
     amp: bool | None = option(None, 'ours', 'bf16 autocast; by default on GPUs only')
     # optimization
     steps: int = option(300_000, 'paper 3.2', 'optimizer steps')
@@ -120,14 +122,15 @@ class Config:
     center_momentum: float = option(0.9, 'dinov2', 'of the centres')
     # demo
     phantoms: int = option(256, 'ours', 'demo: breasts to train on, every third a DBT volume')
-    test_phantoms: int = option(384, 'ours', 'demo: unseen breasts to test on; 0 skips the test')
+    test_phantoms: int = option(320, 'ours', 'demo: unseen breasts to test on; 0 skips the test')
 
 
-DEMO = dict(out='runs/demo', workers=0, save_every=10_000, log_every=10, steps=240, batch=32, micro_batch=32, lr=0.0057,
-            warmup=30, layer_decay=1.0, wd_end=0.04, freeze_last_layer=0, volume_items=True, size=84, width=128, depth=4, heads=4,
-            drop_path=0.0, layerscale=1.0, prototypes=256, hidden=256, bottleneck=64, locals=4, local_size=42,
-            global_scale=(0.25, 0.8), local_scale=(0.06, 0.25), min_coverage=0.7, teacher_temp=0.06,
-            teacher_temp_start=0.06, teacher_temp_steps=0, momentum=0.96)
+DEMO = dict(out='runs/demo', workers=0, save_every=10_000, steps=330, batch=16, micro_batch=16, lr=0.0113, warmup=33,
+            layer_decay=1.0, wd_end=0.04, freeze_last_layer=0, volume_items=True,
+            size=84, width=128, depth=4, heads=4, drop_path=0.0, layerscale=1.0, prototypes=256, hidden=256, bottleneck=64,
+            locals=4, local_size=42, global_scale=(0.25, 0.8), local_scale=(0.06, 0.25), min_coverage=0.7,
+            brightness=0.2, contrast=0.2, blurs=(0.2, 0.2, 0.2), solarizes=0.0,
+            teacher_temp=0.04, teacher_temp_steps=0, momentum=0.96)
 
 
 def parse(config, argv, demo=None):
@@ -136,7 +139,7 @@ def parse(config, argv, demo=None):
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(config):
         text = f"{f.metadata['help']} [{f.metadata['source']}] (default: {f.default})"
-        kind = next((t for t in (bool, int, float) if t.__name__ in str(f.type).replace('<class', '')), str)
+        kind = next((t for t in (bool, int, float) if t.__name__ in str(f.type)), str)
         if kind is bool:
             parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
         else:
@@ -154,7 +157,7 @@ def setup():
         device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if cuda else torch.device('cpu')
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(hours=6))                    # rank 0 reads a million headers
     else:
         device = torch.device('cuda' if cuda else 'cpu')
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -167,13 +170,16 @@ def check(cfg, ranks):
     if micro < 1 or cfg.batch % (micro * ranks):
         raise ValueError(f'--batch {cfg.batch} does not divide into {ranks} rank(s) times --micro_batch '
                          f'{cfg.micro_batch}; choose a multiple of {ranks * cfg.micro_batch}')
+    if cfg.mask_eps <= 0:
+        raise ValueError(f'--mask_eps {cfg.mask_eps} must be above 0, or air could never be masked')
     if cfg.prototypes < 2:
         raise ValueError(f'--prototypes {cfg.prototypes}: a softmax needs at least 2')
-    if cfg.size % cfg.patch or cfg.local_size % cfg.patch:
-        raise ValueError(f'--size {cfg.size} and --local_size {cfg.local_size} must be multiples of the patch, '
-                         f'{cfg.patch}')
-    if cfg.steps < 1 or cfg.d_max < 1:
-        raise ValueError(f'--steps {cfg.steps} and --d_max {cfg.d_max} must be at least 1')
+    if cfg.size % cfg.patch or cfg.local_size % cfg.patch or cfg.width % cfg.heads:
+        raise ValueError(f'--size {cfg.size} and --local_size {cfg.local_size} must be multiples of --patch {cfg.patch}, '
+                         f'--width {cfg.width} of --heads {cfg.heads}')
+    for name in ('steps', 'd_max', 'save_every', 'log_every'):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f'--{name} {getattr(cfg, name)} must be at least 1')
     return cfg.batch // (micro * ranks)
 
 
@@ -212,7 +218,7 @@ class Slices(Dataset):
     def load(self, file, frame):
         """Prepared .npy have their CLAHE behind them; every other file gets it here (paper 3.1)."""
         image = mask.read(self.files[file], frame)
-        return image if self.files[file].endswith('.npy') else mask.clahe(image)
+        return image if self.files[file].lower().endswith('.npy') else mask.clahe(image)
 
     def sample(self, rng, file, frame):
         cfg, path = self.cfg, self.files[file]
@@ -284,27 +290,34 @@ def micro_batches(cfg, start, rank, ranks, accumulate):
 
 def index(cfg, folder, rank):
     """Files of the folder and their numbers of slices, listed by rank 0 for all. Files whose header cannot be read
-    are left out: named, counted, and too many of them stop the run."""
+    are left out: named, counted, and too many of them stop the run, on every rank with the same words."""
     found = [None]
     if rank == 0:
-        files, counts, bad = mask.listing(folder), [], []
-        for path in tqdm(files, desc='reading headers', unit='file', disable=None):
-            try:
-                counts.append(mask.frames(path))
-            except (ValueError, OSError) as error:
-                counts.append(0)
-                bad.append(str(error))
-        for reason in bad:
-            tqdm.write(f'skipped: {reason}', file=sys.stderr)
-        if len(bad) == len(files) or len(files) >= 100 and len(bad) > cfg.max_bad * len(files):
-            found = [f'{folder}: {len(bad)} of {len(files)} files cannot be read, --max_bad is {cfg.max_bad}; '
-                     f'the first: {bad[0]}']
-        else:
-            found = [[(path, count) for path, count in zip(files, counts) if count]]
+        try:
+            found = [headers(cfg, folder)]
+        except (ValueError, OSError) as problem:
+            found = [str(problem)]
     dist.broadcast_object_list(found)
     if isinstance(found[0], str):
         raise ValueError(found[0])
-    return zip(*found[0])
+    return found[0]
+
+
+def headers(cfg, folder):
+    """-> the readable files below the folder, and how many slices each has."""
+    files, counts, bad = mask.listing(folder), [], []
+    for path in tqdm(files, desc='reading headers', unit='file', delay=2):
+        try:
+            counts.append(mask.frames(path))
+        except (ValueError, OSError) as problem:
+            counts.append(0)
+            bad.append(str(problem))
+    for reason in bad:
+        tqdm.write(f'skipped: {reason}', file=sys.stderr)
+    if len(bad) == len(files) or len(files) >= 100 and len(bad) > cfg.max_bad * len(files):
+        raise ValueError(f'{folder}: {len(bad)} of {len(files)} files cannot be read, --max_bad is {cfg.max_bad}; '
+                         f'the first: {bad[0]}')
+    return [path for path, count in zip(files, counts) if count], [count for count in counts if count]
 
 
 # ---- student and teacher -------------------------------------------------------------------------------------------
@@ -351,21 +364,27 @@ def pixels(images, device):
     return images.to(device, non_blocking=True).flatten(0, -3).unsqueeze(1).float() / 255
 
 
+def globals_and_slices(batch, side, device):
+    """What both networks see at full size: images (2 B + P, 1, S, S), globals then one side of each slice pair, and
+    masks (2 B + P, N), which leave the slices alone."""
+    masks = batch['masks'].flatten(0, 1).to(device)                                     # (2 B, N)
+    images = torch.cat([pixels(batch['globals'], device), pixels(batch['pair'][:, side], device)])
+    return images, torch.cat([masks, masks.new_zeros(len(batch['pair']), masks.shape[1])])
+
+
 def teach(teacher, batch, device):
     """The teacher's side of a micro-batch: CLS tokens (2 B, D), their logits (2 B, K), the logits of slices k' (P, K),
     the embeddings of the patches under the masks (M, E)."""
-    masks = batch['masks'].flatten(0, 1).to(device)                                     # (2 B, N)
-    unmasked = masks.new_zeros(len(batch['pair']), masks.shape[1])
-    images = torch.cat([pixels(batch['globals'], device), pixels(batch['pair'][:, 1:], device)])
-    cls, logits, embedded = teacher(images, torch.cat([masks, unmasked]))
-    return dict(cls=cls[:len(masks)], logits=logits[:len(masks)], pair=logits[len(masks):], embedded=embedded)
+    rows = 2 * batch['globals'].shape[1]
+    cls, logits, embedded = teacher(*globals_and_slices(batch, 1, device))
+    return dict(cls=cls[:rows], logits=logits[:rows], pair=logits[rows:], embedded=embedded)
 
 
 def learn(cfg, student, teacher, center, batch, tau_t, pairs, device):
     """The losses of one micro-batch -> terms {name: ()}, and what the centres and the log need of the teacher.
 
-    Rows of the student's logits: 2 B globals, P slices k, n B locals. `pairs` is the whole step's count of slice
-    pairs, per micro-batch of each rank, so that the mean over those is the mean over all pairs."""
+    Rows of the student's logits: 2 B globals, P slices k, n B locals. `pairs` is the step's number of slice pairs
+    over ranks and micro-batches, so that the mean over those is the mean over all pairs."""
     B, P = batch['globals'].shape[1], len(batch['pair'])
     with torch.no_grad():
         taught = teach(teacher, batch, device)
@@ -375,11 +394,8 @@ def learn(cfg, student, teacher, center, batch, tau_t, pairs, device):
     def patch_targets(rows):
         return center['patch'](nn.functional.linear(taught['embedded'][rows], prototypes_t), tau_t)
 
-    masks = batch['masks'].flatten(0, 1).to(device)                                     # (2 B, N)
-    unmasked = masks.new_zeros(P, masks.shape[1])
-    images = torch.cat([pixels(batch['globals'], device), pixels(batch['pair'][:, :1], device)])
-    cls, logits, embedded = student(images, torch.cat([masks, unmasked]), pixels(batch['locals'], device), hide=True)
-
+    images, masks = globals_and_slices(batch, 0, device)
+    cls, logits, embedded = student(images, masks, pixels(batch['locals'], device), hide=True)
     views = torch.cat([logits[:2 * B], logits[2 * B + P:]]).unflatten(0, (-1, B))       # (2 + n, B, K)
     weight = (1 / masks.sum(1, keepdim=True).clamp_min(1)).expand_as(masks)[masks]      # (M,)
     files = batch['file'].to(device)
@@ -397,11 +413,10 @@ def update_centers(center, teacher, taught, momentum=None):
     """Both centres move once per step, by the teacher's mean logits over all micro-batches and ranks. Slice pairs
     have no part in it. The mean patch logits are the logits of the mean embedding."""
     center['cls'].update(torch.cat([t['logits'] for t in taught]), momentum=momentum)
-    parts = [t['embedded'].float() for t in taught]
-    counts = torch.tensor([len(p) for p in parts], device=parts[0].device)
-    means = torch.stack([p.sum(0) / max(len(p), 1) for p in parts])                     # (micro-batches, E)
-    with torch.autocast(means.device.type, enabled=False):
-        center['patch'].update(teacher.head.last_layer(means), counts, momentum)
+    parts = [t['embedded'] for t in taught]
+    counts = torch.tensor([len(part) for part in parts], device=parts[0].device)
+    means = torch.stack([part.sum(0) / max(len(part), 1) for part in parts])            # (micro-batches, E)
+    center['patch'].update(teacher.head.logits(means), counts, momentum)
 
 
 def cosine(step, steps, start, end, warmup=0):
@@ -421,28 +436,33 @@ def schedules(cfg, step):
 
 # ---- checkpoints and the log ---------------------------------------------------------------------------------------
 
-def save(cfg, out, step, parts, watch, rank):
-    """OUT/last.pt every `save_every` steps and at the end, OUT/step_N.pt every `keep_every`. Written beside its place
-    and moved there whole: a crash leaves the checkpoint before it."""
-    names = ['last.pt'] if step % cfg.save_every == 0 or step == cfg.steps else []
-    names += [f'step_{step:06d}.pt'] if cfg.keep_every and step % cfg.keep_every == 0 else []
-    if rank or not names:
-        return
-    state = dict(step=step, config=asdict(cfg), vit=parts['teacher'].backbone.config, seen=watch.seen)
-    state |= {name: part.state_dict() for name, part in parts.items()}
-    for name in names:
-        torch.save(state, out / f'{name}.part')
-        os.replace(out / f'{name}.part', out / name)
+def save(path, state):
+    """Written beside its place and moved there whole: a crash leaves the checkpoint before it."""
+    part = f'{path}.part'
+    torch.save(state, part)
+    os.replace(part, path)
 
 
-def restore(path, parts, watch):
-    """Puts a checkpoint back in place. -> the step to go on with."""
+def checkpoints(cfg, step):
+    """Names of what is saved after so many steps: last.pt, and step_N.pt to keep for good."""
+    return ['last.pt'] * (step % cfg.save_every == 0 or step == cfg.steps) \
+        + [f'step_{step:06d}.pt'] * bool(cfg.keep_every and step % cfg.keep_every == 0)
+
+
+def restore(path, cfg, parts, watch):
+    """Puts a checkpoint back in place. -> the step to go on with. A changed recipe is refused."""
     state = torch.load(path, map_location='cpu', weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+    free = {'resume', 'data', 'out', 'workers', 'micro_batch', 'save_every', 'keep_every', 'log_every', 'max_bad',
+            'test_phantoms'}
+    changed = [f"{k} {state['config'][k]} -> {v}" for k, v in asdict(cfg).items()
+               if k not in free and state['config'][k] != v]
+    if changed:
+        raise ValueError(f"{path} is the run of another recipe: {', '.join(changed)}; choose another --out")
     if len(state['seen']) != len(watch.seen):
         raise ValueError(f"{path} was trained on {len(state['seen'])} files, the folder now has {len(watch.seen)}; "
                          'the stream would not be the same')
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     watch.seen.copy_(state['seen'])
     return state['step']
 
@@ -454,14 +474,15 @@ def effective_rank(x):
     return torch.exp(-(share * torch.log(share.clamp_min(1e-12))).sum()).item()
 
 
-def diagnose(terms, taught, center):
+def diagnose(terms, taught, center, device):
     """What shows collapse first, from the last micro-batch of all ranks."""
-    p = taught['targets'].float()
+    p = taught['targets']
     entropy = -(p * torch.log(p.clamp_min(1e-12))).sum(-1).mean()
+    entropy, kl = (sum_over_ranks(torch.stack([entropy, terms['image'] - entropy]), device) / dist.get_world_size()).tolist()
     cls = nn.functional.normalize(losses.gather(taught['cls'].float()), dim=-1)
-    return dict(teacher_entropy=entropy.item(), kl=(terms['image'] - entropy).item(),
-                center_norm=center['cls'].center.norm().item(), patch_center_norm=center['patch'].center.norm().item(),
-                cls_spread=(cls.std(0).norm()).item(), effective_rank=effective_rank(cls))
+    return dict(teacher_entropy=entropy, kl=kl, center_norm=center['cls'].center.norm().item(),
+                patch_center_norm=center['patch'].center.norm().item(), cls_spread=cls.std(0).norm().item(),
+                effective_rank=effective_rank(cls))
 
 
 def peak_memory(device):
@@ -471,9 +492,8 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == 'darwin' else 20)
 
 
-def total(value, device):
-    """The sum over ranks of a number or tensor."""
-    value = torch.as_tensor(value, dtype=torch.float64 if device.type == 'cpu' else torch.float32, device=device)
+def sum_over_ranks(value, device):
+    value = torch.as_tensor(value).detach().to(device, torch.float64, copy=True)
     dist.all_reduce(value)
     return value
 
@@ -488,7 +508,7 @@ class Log:
             return
         old = self.path.read_text().splitlines() if start and self.path.exists() else []
         header = json.dumps(dict(config=asdict(cfg), torch=torch.__version__, numpy=np.__version__, commit=commit()))
-        kept = old[:1] + [line for line in old[1:] if json.loads(line)['step'] < start] if old else [header]
+        kept = old[:1] + [line for line in old[1:] if line.endswith('}') and json.loads(line)['step'] < start] or [header]
         self.path.write_text('\n'.join(kept) + '\n')
 
     def write(self, bar, values):
@@ -502,12 +522,11 @@ class Log:
 
 
 def commit():
-    """The commit of this file's folder, read without git; None outside a repository."""
-    git = Path(__file__).resolve().parent / '.git'
+    """The commit of this file's repository; None outside one."""
     try:
-        head = (git / 'HEAD').read_text().strip()
-        return (git / head[5:]).read_text().strip() if head.startswith('ref: ') else head
-    except OSError:
+        return subprocess.run(['git', '-C', Path(__file__).resolve().parent, 'rev-parse', 'HEAD'], capture_output=True,
+                              text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
 
 
@@ -551,7 +570,7 @@ def main(cfg):
     center.to(device)
     optimizer = torch.optim.AdamW(vit.param_groups(student, cfg.lr, cfg.wd, cfg.layer_decay), fused=True)
     parts = dict(student=student, teacher=teacher, center=center, optimizer=optimizer)
-    start = restore(out / 'last.pt', parts, watch) if cfg.resume and (out / 'last.pt').exists() else 0
+    start = restore(out / 'last.pt', cfg, parts, watch) if cfg.resume and (out / 'last.pt').exists() else 0
 
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if cfg.amp is None else cfg.amp)
     ddp = nn.parallel.DistributedDataParallel(student, device_ids=[device] if device.type == 'cuda' else None)
@@ -570,10 +589,12 @@ def main(cfg):
             group['weight_decay'] = now['wd'] * group['wd_scale']
 
         micro = [next(batches) for _ in range(accumulate)]
-        pairs = total(sum(len(batch['pair']) for batch in micro), device).item() / (ranks * accumulate)
+        pairs = sum_over_ranks(sum(len(batch['pair']) for batch in micro), device).item() / (ranks * accumulate)
         if step == 0:                                       # the centres start at the mean of the first batch
-            with torch.no_grad(), amp:
-                update_centers(center, teacher, [teach(teacher, batch, device) for batch in micro], momentum=0)
+            with torch.no_grad():
+                with amp:
+                    taught = [teach(teacher, batch, device) for batch in micro]
+                update_centers(center, teacher, taught, momentum=0)
 
         sums, taught = 0, []
         for i, batch in enumerate(micro):
@@ -581,29 +602,36 @@ def main(cfg):
             with contextlib.nullcontext() if i == accumulate - 1 else ddp.no_sync():
                 with amp:
                     terms, targets = learn(cfg, ddp, teacher, center, batch, now['teacher_temp'], pairs, device)
-                loss = sum(getattr(cfg, f'{name}_weight') * term for name, term in terms.items())
+                loss = cfg.image_weight * terms['image'] + cfg.patch_weight * terms['patch'] \
+                    + cfg.slice_weight * terms['slice'] + cfg.koleo_weight * terms['koleo']
                 (loss / accumulate).backward()
             sums = sums + torch.stack([loss, *terms.values()]).detach() / accumulate
             taught.append(targets)
 
-        means = dict(zip(['total', *terms], (total(sums, device) / ranks).tolist()))
+        means = dict(zip(['total', *terms], (sum_over_ranks(sums, device) / ranks).tolist()))
         norms = [nn.utils.clip_grad_norm_(part.parameters(), cfg.clip) for part in (student.backbone, student.head)]
         means['grad_norm'] = math.hypot(*(norm.item() for norm in norms))
         if not all(map(math.isfinite, means.values())):
-            raise ValueError(f'step {step}: not finite: {means}; {out}/last.pt is the last good checkpoint')
+            raise ValueError(f'step {step}: not finite: {means}; the last checkpoint, if any, is good: {out}/last.pt')
         optimizer.step()
         optimizer.zero_grad()
         update_centers(center, teacher, taught)
         with torch.no_grad():
-            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - now['momentum'])
+            for theta_t, theta_s in zip(teacher.parameters(), student.parameters()):
+                theta_t.lerp_(theta_s, 1 - now['momentum'])
 
         log.images += cfg.batch
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
-            relaxed, masks_relaxed, enlarged = total(sum(batch['counts'] for batch in micro), device).tolist()
-            log.write(bar, dict(step=step) | means | now | diagnose(terms, taught[-1], center) | dict(
+            relaxed, masks_relaxed, enlarged = sum_over_ranks(sum(batch['counts'] for batch in micro), device).tolist()
+            log.write(bar, dict(step=step) | means | now | diagnose(terms, taught[-1], center, device) | dict(
                 relaxed=relaxed / (cfg.batch * (2 + cfg.locals)), masks_relaxed=masks_relaxed / (2 * cfg.batch),
                 enlarged=enlarged / cfg.batch, bad_files=watch.judge(), peak_memory=peak_memory(device)))
-        save(cfg, out, step + 1, parts, watch, rank)
+        names = checkpoints(cfg, step + 1)
+        if names:
+            watch.judge()
+            state = dict(step=step + 1, config=asdict(cfg), vit=teacher.backbone.config, seen=watch.seen)
+            for name in names if rank == 0 else ():
+                save(out / name, state | {part: module.state_dict() for part, module in parts.items()})
 
     if demo and rank == 0 and cfg.test_phantoms:
         report(cfg, teacher, device)
@@ -620,7 +648,7 @@ def make_phantoms(cfg, rank):
               'Pretrain on mammograms with --data DIR.', flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(cfg.phantoms):
-            volume = prepared(mask.phantom(np.random.default_rng([cfg.seed, 0, i]), slices=8 if i % 3 == 0 else 1))
+            volume = prepared(mask.phantom(np.random.default_rng([cfg.seed, i, 0, 1]), slices=8 if i % 3 == 0 else 1))
             np.save(folder / f'{i:04d}.npy', volume if len(volume) > 1 else volume[0])
     dist.barrier()
     return folder
@@ -663,10 +691,10 @@ def report(cfg, teacher, device):
     """What the demo learnt, on breasts it never saw: leave-one-out k-NN density from the CLS token of the whole
     breast, beside what needs no training. Prints the table, writes OUT/report.json and two pictures."""
     n, out = cfg.test_phantoms, Path(cfg.out)
-    unseen = [mask.phantom(np.random.default_rng([cfg.seed, 1, i])) for i in range(n)]
+    unseen = [mask.phantom(np.random.default_rng([cfg.seed, i, 0, 2])) for i in range(n)]
     images, density = np.concatenate([prepared(p) for p in unseen]), np.array([p.density for p in unseen])
-    volumes = [prepared(mask.phantom(np.random.default_rng([cfg.seed, 2, i]), slices=8)) for i in range(32)]
-    networks_ = {'random init': networks(cfg, device)[1], 'trained teacher': teacher}
+    volumes = [prepared(mask.phantom(np.random.default_rng([cfg.seed, i, 0, 3]), slices=8)) for i in range(32)]
+    sides = {'random init': networks(cfg, device)[1], 'trained teacher': teacher}
 
     def hits(similarity):
         return (knn(similarity + np.diag(np.full(n, -np.inf)), density) == density).astype(float)
@@ -678,7 +706,7 @@ def report(cfg, teacher, device):
     for name, f in features.items():
         f = (np.array(f) - np.mean(f, 0)) / np.std(f, 0)
         correct[name] = hits(-np.square(f[:, None] - f[None]).mean(-1))
-    for name, network in networks_.items():
+    for name, network in sides.items():
         x = cls_tokens(network, images, device)
         correct[name] = hits((x @ x.T).numpy())
         y = cls_tokens(network, np.concatenate(volumes), device).unflatten(0, (len(volumes), -1))       # (v, 8, D)
@@ -707,10 +735,10 @@ def report(cfg, teacher, device):
           'not that\nlearning is needed for it.')
     (out / 'report.json').write_text(json.dumps(dict(rows=rows, gain=gain.mean(), interval=[low, high],
                                                      relaxed=relaxed), indent=1))
-    pictures(cfg, networks_, out)
+    pictures(cfg, sides, out)
 
 
-def pictures(cfg, networks_, out):
+def pictures(cfg, sides, out):
     """views.png, what the sampler does; attention.png, features and attention before and after training."""
     wide = mask.phantom(np.random.default_rng(8), width=288, lesion=True)
     image = prepared(wide)[0]
@@ -719,10 +747,10 @@ def pictures(cfg, networks_, out):
     for seed in (4, 6):
         image = prepared(mask.phantom(np.random.default_rng(seed), lesion=True))[0]
         size = [length // cfg.patch * cfg.patch for length in image.shape]
-        maps = [vit.overlay(image, m) for network in networks_.values()
+        maps = [vit.overlay(image, m) for network in sides.values()
                 for m in vit.heatmaps(network.backbone.cpu(), image, size)]
         rows.append(np.hstack([mask.overlay(image, mask.tissue(image, None)), *maps]))
-    names = ['image, tissue mask', *(f'{name}: {kind}' for name in networks_ for kind in ('feature', 'attention'))]
+    names = ['image, tissue mask', *(f'{name}: {kind}' for name in sides for kind in ('feature', 'attention'))]
     captioned(np.vstack(rows), names).save(out / 'attention.png')
     print(f'-> {out}/log.jsonl, last.pt, report.json, views.png, attention.png')
 

@@ -44,20 +44,26 @@ def crop_box(rng, tissue, scale, ratio, rho):
     H, W = tissue.shape
     barren = not tissue.any()
     for attempt in range(2 * TRIES):
-        area = H * W * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        last = attempt == 2 * TRIES - 1
-        if last:
-            h, w = min(h, H), min(w, W)
-        if not (0 < h <= H and 0 < w <= W):
-            continue
+        h, w = _shape(rng, H, W, scale, ratio)
         y, x = (rng.integers(H), rng.integers(W)) if barren else _tissue_pixel(rng, tissue)
         y0, x0 = int((y + rng.random()) * (H - h + 1) / H), int((x + rng.random()) * (W - w + 1) / W)
         box = y0, x0, y0 + h, x0 + w
         floor = rho * min(1.0, 2 - (attempt + 1) / TRIES)                               # rho, rho, ..., 0
-        if barren or last or coverage(tissue, box) > floor:
+        if barren or coverage(tissue, box) > floor:
             return box, barren or attempt >= TRIES
+    raise AssertionError('a window around a tissue pixel holds tissue, so the last try passes')
+
+
+def _shape(rng, H, W, scale, ratio):
+    """Height and width of a window by the law of torchvision's RandomResizedCrop: ten tries, then the largest window
+    whose ratio is allowed."""
+    for _ in range(10):
+        area = H * W * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= H and 0 < w <= W:
+            return h, w
+    return min(H, max(1, round(W / ratio[0]))), min(W, max(1, round(H * ratio[1])))
 
 
 def _tissue_pixel(rng, tissue):
@@ -166,10 +172,13 @@ def patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0.3), wei
     of the rest is drawn with weight pi = weight * r + eps. It is accepted if it adds 0 < new <= min(m_max, m - c)
     patches to the c there are. When no piece is accepted in ten tries, rho falls by a tenth.
 
-    m_max defaults to half of the grid; ratio is the range of height / width, DINOv2's. `info`, a dict, receives
-    `relaxed`: whether rho had to fall. Raises ValueError for an m that is not in 0..h*w.
+    After two hundred refusals the last few places are filled by single patches. m_max defaults to half of the grid;
+    ratio is the range of height / width, DINOv2's. `info`, a dict, receives `relaxed`: whether rho had to fall.
+    Raises ValueError for an m that is not in 0..h*w, and for eps <= 0, with which air could never be masked.
     """
     h, w = grid.shape
+    if eps <= 0:
+        raise ValueError(f'eps {eps}: must be above 0, or patches without tissue could never be masked')
     if not 0 <= m <= h * w:
         raise ValueError(f'{m} patches to mask, the grid has {h}x{w}')
     m_max = h * w // 2 if m_max is None else m_max
@@ -319,11 +328,21 @@ def _example():
     return np.uint8(np.clip(130 + 900 * texture, 30, 255) * tissue), tissue
 
 
+def _load(path):
+    """Any picture Pillow opens, or a .npy, as 8-bit grey; of a volume the middle slice. For DICOM see mask.py."""
+    picture = np.load(path, allow_pickle=False) if path.endswith('.npy') else np.array(Image.open(path))
+    picture = picture[len(picture) // 2] if picture.ndim == 3 and path.endswith('.npy') else picture
+    picture = picture.mean(-1) if picture.ndim == 3 else picture
+    return np.uint8((picture - float(picture.min())) * 255 / max(float(np.ptp(picture)), 1e-6))
+
+
 if __name__ == '__main__':
     picture, tissue = _example()
     if len(sys.argv) > 1:
-        picture = np.load(sys.argv[1]) if sys.argv[1].endswith('.npy') else np.array(Image.open(sys.argv[1]).convert('L'))
-        picture = picture[len(picture) // 2] if picture.ndim == 3 else picture
+        try:
+            picture = _load(sys.argv[1])
+        except (ValueError, OSError) as error:
+            sys.exit(f'sampler.py: {sys.argv[1]}: {error}; expected PNG, TIFF, JPEG, PGM or .npy')
         tissue = ndimage.binary_opening(picture > picture.mean() / 3, iterations=4)
     out = sys.argv[2] if len(sys.argv) > 2 else 'views.png'
     contact_sheet(np.random.default_rng(1), picture, tissue).save(out)

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pydicom
@@ -162,6 +163,30 @@ def test_padding_is_left_out_of_the_stretch_and_becomes_background(tmp_path):
         assert (image[:, :8] == 0).all()
 
 
+def test_padding_and_rescale_as_writers_get_them_wrong(tmp_path):
+    pixels = ramp().astype(np.int16)
+    pixels[:, :5] = -2000
+    path = dicom(tmp_path / 'a.dcm', pixels, PixelPaddingValue=-2000)
+    expected = mask.read(path)
+    np.testing.assert_array_equal(expected[:, 5:], stretched(pixels[:, 5:]))
+    ds = pydicom.dcmread(path)
+    ds['PixelPaddingValue'] = pydicom.DataElement(0x00280120, 'US', 63536)              # -2000, as unsigned
+    ds['PixelPaddingRangeLimit'] = pydicom.DataElement(0x00280121, 'US', None)
+    ds.RescaleSlope, ds.RescaleIntercept = 1, None
+    ds.save_as(path)
+    np.testing.assert_array_equal(mask.read(path), expected)
+    ds.RescaleSlope = -1
+    ds.save_as(path)
+    np.testing.assert_array_equal(mask.read(path)[:, 5:], stretched(-pixels[:, 5:].astype(int)))
+
+
+def test_film_digitisers_tiff_with_white_as_zero_is_inverted(tmp_path):
+    pixels = ramp()
+    for image in (pixels, pixels.astype(np.float32)):
+        Image.fromarray(image).save(tmp_path / 'a.tif', tiffinfo={262: 0})
+        np.testing.assert_array_equal(mask.read(tmp_path / 'a.tif'), 255 - stretched(pixels))
+
+
 def test_enhanced_multiframe_files_keep_their_window_in_groups(tmp_path):
     volume = np.stack([ramp(), ramp()[::-1]])
 
@@ -229,12 +254,22 @@ def bad_files(folder):
     np.save(folder / 'line.npy', np.zeros(9))
     (folder / 'text.npy').write_text('no array')
     (folder / 'cut.npy').write_bytes(b'\x93NUMPY\x01\x00v\x00')
+    np.save(folder / 'rgb.npy', np.zeros((40, 30, 3), np.uint8))
+    for name, frames in (('negative', -2), ('endless', 10 ** 9)):
+        dicom(folder / f'{name}.dcm', ramp(), NumberOfFrames=frames)
+    dicom(folder / 'palette.dcm', ramp(), PhotometricInterpretation='PALETTE COLOR')
+    Image.fromarray(ramp()).save(folder / 'deep.png')
+    data = (folder / 'deep.png').read_bytes()                       # 16-bit grey, relabelled as grey with alpha
+    header = data[12:25] + b'\x04' + data[26:29]
+    (folder / 'deep.png').write_bytes(data[:12] + header + zlib.crc32(header).to_bytes(4, 'big') + data[33:])
     dicom(folder / 'padding.dcm', np.full((9, 9), 5, np.uint16), PixelPaddingValue=5)
-    return {'truncated.png': 'truncated', 'empty.png': 'empty', 'text.png': 'cannot identify', 'text.dcm': 'not a DICOM',
-            'nopixels.dcm': 'no', 'short.dcm': 'cut short', 'huge.dcm': 'declares 60000x60000',
+    return {'truncated.png': 'truncated', 'empty.png': 'empty', 'text.png': 'not an image', 'text.dcm': 'not a DICOM',
+            'nopixels.dcm': 'no pixel data', 'short.dcm': 'cut short', 'huge.dcm': 'declares 60000x60000',
             'huge.pgm': 'exceeds limit', 'constant.png': 'constant', 'colour.png': 'colour',
-            'colour.dcm': 'colour', 'nan.npy': 'NaN', 'infinite.npy': 'infinite', 'zero.npy': '',
-            'objects.npy': '', 'line.npy': 'shape', 'text.npy': '', 'cut.npy': '', 'padding.dcm': 'padding',
+            'colour.dcm': 'colour', 'nan.npy': 'NaN', 'infinite.npy': 'infinite', 'zero.npy': 'shape',
+            'objects.npy': 'not a .npy file of numbers', 'line.npy': 'shape', 'text.npy': 'not a .npy', 'cut.npy': 'not a .npy', 'padding.dcm': 'padding', 'rgb.npy': 'shape',
+            'negative.dcm': 'declares -2 frames', 'endless.dcm': 'declares 1000000000 frames', 'palette.dcm': 'not greys',
+            'deep.png': '16-bit colour',
             'absent.png': 'No such file'}
 
 
@@ -260,11 +295,29 @@ def test_a_folder_without_images_is_refused(tmp_path):
             mask.listing(folder)
 
 
+def test_links_are_followed_once_and_hidden_files_are_not_images(tmp_path):
+    (tmp_path / 'data' / 'inner').mkdir(parents=True)
+    (tmp_path / 'far').mkdir()
+    np.save(tmp_path / 'far' / 'b.npy', ramp())
+    np.save(tmp_path / 'data' / 'a.npy', ramp())
+    np.save(tmp_path / 'data' / '._a.npy', ramp())
+    os.symlink(tmp_path / 'far', tmp_path / 'data' / 'inner' / 'far')
+    os.symlink(tmp_path / 'data', tmp_path / 'data' / 'inner' / 'loop')
+    assert [os.path.basename(path) for path in mask.listing(tmp_path / 'data')] == ['a.npy', 'b.npy']
+
+
 def test_no_header_value_is_in_an_error(tmp_path):
     for extra in (dict(data=b'\0' * 99 + b'\0'), dict(PhotometricInterpretation='MONOCHROME9'), dict(Rows=0)):
         dicom(tmp_path / 'a.dcm', ramp(), PatientName='Secret^Name', PatientID='Secret', **extra)
         with pytest.raises(ValueError) as caught:
             mask.read(tmp_path / 'a.dcm')
+        assert 'Secret' not in str(caught.value)
+    data = bytearray(dicom(tmp_path / 'a.dcm', ramp(), PatientName='Secret^Name').read_bytes())
+    data[138] = 255                                                 # the length of the very first element
+    (tmp_path / 'a.dcm').write_bytes(data)
+    for function in (mask.frames, mask.read):
+        with pytest.raises(ValueError, match='header is damaged') as caught:
+            function(tmp_path / 'a.dcm')
         assert 'Secret' not in str(caught.value)
 
 
@@ -325,12 +378,20 @@ def test_the_self_tuning_mask_keeps_the_breast_and_drops_labels_and_frames(air):
         label = np.zeros_like(breast.tissue)
         columns = slice(4, 30) if not breast.tissue[:, :34].any(0)[4:30].all() else slice(-30, -4)
         label[3:15, columns] = True
-        label &= ~ndimage.binary_dilation(breast.tissue, iterations=8)
+        label &= ~ndimage.binary_dilation(breast.tissue, iterations=5)
         image[label] = 255
         image[:3] = image[-3:] = 230                                    # a film's edges
         m = mask.tissue(image, percentile=None)
         assert (m & breast.tissue).sum() / (m | breast.tissue).sum() > 0.95
         assert not (m & label).any()
+
+
+def test_tissue_and_clahe_refuse_what_is_not_an_8_bit_image():
+    for function in (mask.tissue, mask.clahe):
+        with pytest.raises(ValueError, match='expected .H, W. uint8'):
+            function(ramp())
+    with pytest.raises(ValueError, match='percentile 150'):
+        mask.tissue(stretched(ramp()), percentile=150)
 
 
 def test_an_image_without_contrast_has_no_tissue():
@@ -388,6 +449,9 @@ def test_prepare_keeps_the_tree_goes_on_where_it_stopped_and_lists_what_it_canno
     assert mask.prepare(src, dst, side=96, workers=1) == (1, 1, 1)
     assert os.stat(dst / 'a' / 'b' / 'image.npy').st_mtime_ns == kept
     assert not [p for p in dst.rglob('*') if p.suffix == '.part']
+    for wrong, words in [(dict(dst=src / 'prepared'), 'choose a folder outside'), (dict(dst=dst, side=0), '--side 0')]:
+        with pytest.raises(ValueError, match=words):
+            mask.prepare(src, **wrong)
 
 
 def test_the_command_line_shows_the_mask(tmp_path):

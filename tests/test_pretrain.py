@@ -111,7 +111,7 @@ def test_schedules_follow_dinov2():
 
 @pytest.mark.parametrize('flags, words', [
     (['--prototypes', '1'], 'at least 2'), (['--batch', '30', '--micro_batch', '16'], 'does not divide'),
-    (['--size', '500'], 'multiples of the patch'), (['--steps', '0'], 'at least 1')])
+    (['--size', '500'], 'must be multiples of --patch 14'), (['--steps', '0'], 'at least 1')])
 def test_what_cannot_work_is_refused_at_once(flags, words):
     with pytest.raises(ValueError, match=words):
         pretrain.check(pretrain.parse(Config, flags, DEMO), 1)

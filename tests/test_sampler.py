@@ -57,17 +57,30 @@ def test_without_tissue_the_crop_is_uniform_and_counts_as_relaxed():
     assert relaxed and 0 <= box[0] < box[2] <= 50 and 0 <= box[1] < box[3] <= 40
 
 
-def test_blind_crops_follow_the_law_of_dinov2():
-    """Against RandomResizedCrop written out: area and log-ratio uniform, redrawn until it fits, place uniform.
-    Kolmogorov-Smirnov on six marginals of 4,000 draws each at p > 1e-3: a false alarm once in 170 seeds."""
-    H, W, scale, ratio = 120, 90, (0.2, 0.9), (3 / 4, 4 / 3)
-    rng, theirs = np.random.default_rng(1), []
-    while len(theirs) < 4000:
+def random_resized_crop(rng, H, W, scale, ratio):
+    """torchvision's, written out: ten tries, then the largest window of an allowed ratio; its place uniform here."""
+    for _ in range(10):
         area, log_ratio = H * W * rng.uniform(*scale), rng.uniform(math.log(ratio[0]), math.log(ratio[1]))
         w, h = round(math.sqrt(area * math.exp(log_ratio))), round(math.sqrt(area / math.exp(log_ratio)))
-        if w <= W and h <= H:
-            y, x = rng.integers(H - h + 1), rng.integers(W - w + 1)
-            theirs.append((y, x, y + h, x + w))
+        if 0 < w <= W and 0 < h <= H:
+            break
+    else:
+        if W / H < ratio[0]:
+            w, h = W, round(W / ratio[0])
+        elif W / H > ratio[1]:
+            w, h = round(H * ratio[1]), H
+        else:
+            w, h = W, H
+    y, x = rng.integers(H - h + 1), rng.integers(W - w + 1)
+    return y, x, y + h, x + w
+
+
+@pytest.mark.parametrize('H, W', [(120, 90), (96, 48)])
+def test_blind_crops_follow_the_law_of_dinov2(H, W):
+    """Kolmogorov-Smirnov on six marginals of 4,000 draws each at p > 1e-3: a false alarm once in 170 seeds."""
+    scale, ratio = (0.2, 0.9), (3 / 4, 4 / 3)
+    rng = np.random.default_rng(1)
+    theirs = [random_resized_crop(rng, H, W, scale, ratio) for _ in range(4000)]
     rng = np.random.default_rng(2)
     ours = [sampler.crop_box(rng, np.ones((H, W), bool), scale, ratio, 0.0) for _ in range(4000)]
     assert not any(relaxed for _, relaxed in ours)
@@ -82,6 +95,14 @@ def test_blind_crops_follow_the_law_of_dinov2():
     for name in a:
         p = stats.ks_2samp(a[name] + 1e-6 * noise.random(4000), b[name] + 1e-6 * noise.random(4000)).pvalue
         assert p > 1e-3, (name, p)
+
+
+def test_a_narrow_image_is_not_relaxed_for_its_shape():
+    for H, W in [(960, 300), (60, 400), (1, 1), (1, 50)]:
+        rng = np.random.default_rng(0)
+        for _ in range(100):
+            (y0, x0, y1, x1), relaxed = sampler.crop_box(rng, np.ones((H, W), bool), (0.5, 1.0), (3 / 4, 4 / 3), 0.5)
+            assert not relaxed and 0 <= y0 < y1 <= H and 0 <= x0 < x1 <= W
 
 
 # ---- views --------------------------------------------------------------------------------------------------------
@@ -185,6 +206,8 @@ def test_masks_have_exactly_m_patches_for_every_m():
     for bad in (-1, 145):
         with pytest.raises(ValueError, match='patches to mask'):
             sampler.patch_mask(rng, grid, bad, 0.5)
+    with pytest.raises(ValueError, match='eps'):
+        sampler.patch_mask(rng, grid, 9, 0.5, eps=0)
 
 
 def test_masked_patches_lie_on_tissue():
