@@ -89,7 +89,7 @@ class Config:
     percentile: float | None = option(None, 'ours', 'tau of the tissue mask as in paper 2.2; without it the mask '
                                                     'tunes itself')
     kernel: int = option(9, 'paper 2.2', 'pixels of closing and opening')
-    min_coverage: float = option(0.5, 'ours', 'rho, for crops and mask pieces')
+    min_coverage: float = option(0.3, 'ours', 'rho, for crops and mask pieces')
     locals: int = option(8, 'dinov2', 'local crops')
     local_size: int = option(196, 'dbt-dino 6.1', 'pixels of a local crop')
     global_scale: tuple[float, float] = option((0.5, 1.0), 'dbt-dino 6.1', 'share of the image in a global crop')
@@ -434,6 +434,13 @@ def schedules(cfg, step):
                 teacher_temp=cfg.teacher_temp_start + rise * (cfg.teacher_temp - cfg.teacher_temp_start))
 
 
+def set_rates(optimizer, now, frozen):
+    """Learning rate and weight decay of this step, each group by its own factor; `frozen` holds the prototypes."""
+    for group in optimizer.param_groups:
+        group['lr'] = 0.0 if frozen and group['last_layer'] else now['lr'] * group['lr_scale']
+        group['weight_decay'] = now['wd'] * group['wd_scale']
+
+
 # ---- checkpoints and the log ---------------------------------------------------------------------------------------
 
 def save(path, state):
@@ -443,15 +450,25 @@ def save(path, state):
     os.replace(part, path)
 
 
-def checkpoints(cfg, step):
-    """Names of what is saved after so many steps: last.pt, and step_N.pt to keep for good."""
-    return ['last.pt'] * (step % cfg.save_every == 0 or step == cfg.steps) \
-        + [f'step_{step:06d}.pt'] * bool(cfg.keep_every and step % cfg.keep_every == 0)
+def checkpoint(cfg, step, parts, watch, rank):
+    """After so many steps: OUT/last.pt every `save_every` and at the end, OUT/step_N.pt every `keep_every`, for good."""
+    names = ['last.pt'] if step % cfg.save_every == 0 or step == cfg.steps else []
+    names += [f'step_{step:06d}.pt'] if cfg.keep_every and step % cfg.keep_every == 0 else []
+    if names:
+        watch.judge()                                       # gathers what the other ranks have seen
+        state = dict(step=step, config=asdict(cfg), vit=parts['teacher'].backbone.config, seen=watch.seen)
+        state |= {name: part.state_dict() for name, part in parts.items()}
+        for name in names if rank == 0 else ():
+            save(Path(cfg.out) / name, state)
 
 
 def restore(path, cfg, parts, watch):
     """Puts a checkpoint back in place. -> the step to go on with. A changed recipe is refused."""
-    state = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as problem:
+        raise ValueError(f'{path}: not a checkpoint of this script ({type(problem).__name__}); remove it to start '
+                         'afresh, or copy a step_N.pt over it') from problem
     free = {'resume', 'data', 'out', 'workers', 'micro_batch', 'save_every', 'keep_every', 'log_every', 'max_bad',
             'test_phantoms'}
     changed = [f"{k} {state['config'][k]} -> {v}" for k, v in asdict(cfg).items()
@@ -474,15 +491,18 @@ def effective_rank(x):
     return torch.exp(-(share * torch.log(share.clamp_min(1e-12))).sum()).item()
 
 
-def diagnose(terms, taught, center, device):
-    """What shows collapse first, from the last micro-batch of all ranks."""
+def diagnose(cfg, micro, terms, taught, center, device):
+    """What shows collapse first, from the last micro-batch of all ranks, and what the sampler had to give up."""
     p = taught['targets']
     entropy = -(p * torch.log(p.clamp_min(1e-12))).sum(-1).mean()
-    entropy, kl = (sum_over_ranks(torch.stack([entropy, terms['image'] - entropy]), device) / dist.get_world_size()).tolist()
+    both = torch.stack([entropy, terms['image'] - entropy])
+    entropy, kl = (sum_over_ranks(both, device) / dist.get_world_size()).tolist()
     cls = nn.functional.normalize(losses.gather(taught['cls'].float()), dim=-1)
+    relaxed, masks_relaxed, enlarged = sum_over_ranks(sum(batch['counts'] for batch in micro), device).tolist()
     return dict(teacher_entropy=entropy, kl=kl, center_norm=center['cls'].center.norm().item(),
                 patch_center_norm=center['patch'].center.norm().item(), cls_spread=cls.std(0).norm().item(),
-                effective_rank=effective_rank(cls))
+                effective_rank=effective_rank(cls), relaxed=relaxed / (cfg.batch * (2 + cfg.locals)),
+                masks_relaxed=masks_relaxed / (2 * cfg.batch), enlarged=enlarged / cfg.batch)
 
 
 def peak_memory(device):
@@ -583,10 +603,7 @@ def main(cfg):
     for step in bar:
         torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]))
         now = schedules(cfg, step)
-        for group in optimizer.param_groups:
-            frozen = group['last_layer'] and step < cfg.freeze_last_layer
-            group['lr'] = 0.0 if frozen else now['lr'] * group['lr_scale']
-            group['weight_decay'] = now['wd'] * group['wd_scale']
+        set_rates(optimizer, now, frozen=step < cfg.freeze_last_layer)
 
         micro = [next(batches) for _ in range(accumulate)]
         pairs = sum_over_ranks(sum(len(batch['pair']) for batch in micro), device).item() / (ranks * accumulate)
@@ -622,16 +639,10 @@ def main(cfg):
 
         log.images += cfg.batch
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
-            relaxed, masks_relaxed, enlarged = sum_over_ranks(sum(batch['counts'] for batch in micro), device).tolist()
-            log.write(bar, dict(step=step) | means | now | diagnose(terms, taught[-1], center, device) | dict(
-                relaxed=relaxed / (cfg.batch * (2 + cfg.locals)), masks_relaxed=masks_relaxed / (2 * cfg.batch),
-                enlarged=enlarged / cfg.batch, bad_files=watch.judge(), peak_memory=peak_memory(device)))
-        names = checkpoints(cfg, step + 1)
-        if names:
-            watch.judge()
-            state = dict(step=step + 1, config=asdict(cfg), vit=teacher.backbone.config, seen=watch.seen)
-            for name in names if rank == 0 else ():
-                save(out / name, state | {part: module.state_dict() for part, module in parts.items()})
+            health = diagnose(cfg, micro, terms, taught[-1], center, device)
+            log.write(bar, dict(step=step) | means | now | health | dict(bad_files=watch.judge(),
+                                                                         peak_memory=peak_memory(device)))
+        checkpoint(cfg, step + 1, parts, watch, rank)
 
     if demo and rank == 0 and cfg.test_phantoms:
         report(cfg, teacher, device)
@@ -647,6 +658,8 @@ def make_phantoms(cfg, rank):
         print('SMOKE RUN ON PHANTOMS: every part of the method on synthetic breasts, no clinical meaning. '
               'Pretrain on mammograms with --data DIR.', flush=True)
         folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob('*.npy'):
+            old.unlink()
         for i in range(cfg.phantoms):
             volume = prepared(mask.phantom(np.random.default_rng([cfg.seed, i, 0, 1]), slices=8 if i % 3 == 0 else 1))
             np.save(folder / f'{i:04d}.npy', volume if len(volume) > 1 else volume[0])
@@ -731,8 +744,8 @@ def report(cfg, teacher, device):
         print(f'{name:22s}{cells[0]} {cells[1]}{cells[2]}  {cells[3]}{cells[4]}    {cells[5]}'.rstrip())
     print(f'trained - random init: {gain.mean():+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}] over phantoms; '
           f'crops that relaxed rho: {relaxed:.1%}')
-    print('The deciles of the tissue greys tell density better: the demo shows that a property is found without labels, '
-          'not that\nlearning is needed for it.')
+    print('Grey levels alone tell it as well, their deciles better: the demo shows that a property is found without '
+          'labels,\nnot that learning is needed for it.')
     (out / 'report.json').write_text(json.dumps(dict(rows=rows, gain=gain.mean(), interval=[low, high],
                                                      relaxed=relaxed), indent=1))
     pictures(cfg, sides, out)

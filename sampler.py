@@ -126,7 +126,7 @@ def tissue_grid(tissue, box, h, w):
 # ---- the views of one image (2.2) ---------------------------------------------------------------------------------
 
 def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scale=(0.5, 1.0), local_scale=(0.2, 0.5),
-          ratio=(3 / 4, 4 / 3), rho=0.5, jitter=0.8, brightness=0.4, contrast=0.4, blurs=(1.0, 0.1, 0.5),
+          ratio=(3 / 4, 4 / 3), rho=0.3, jitter=0.8, brightness=0.4, contrast=0.4, blurs=(1.0, 0.1, 0.5),
           sigma=(0.1, 2.0), solarizes=0.2, flip=0.5, law=None):
     """Tissue-aware crops of one mammogram, T(x) of the paper, as a dict:
 
@@ -251,7 +251,7 @@ def slice_pair(rng, k, K, d_max):
     return near[rng.integers(len(near))]
 
 
-def pair_views(rng, slice_a, slice_b, tissue, size=518, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3), rho=0.5,
+def pair_views(rng, slice_a, slice_b, tissue, size=518, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3), rho=0.3,
                brightness=0.1, contrast=0.1, flip=0.5):
     """The conservative transform of both slices: (2, size, size) uint8, one tissue-aware window and one flip for
     both, light brightness and contrast for each, no blur, no solarization."""
