@@ -221,6 +221,7 @@ class Slices(Dataset):
         return image if self.files[file].lower().endswith('.npy') else mask.clahe(image)
 
     def sample(self, rng, file, frame):
+        """Views, masks and the pair of one slice. ValueError or OSError if the image cannot be used."""
         cfg, path = self.cfg, self.files[file]
         image = self.load(file, frame)
         if min(image.shape) < cfg.local_size:
@@ -532,6 +533,7 @@ class Log:
         self.path.write_text('\n'.join(kept) + '\n')
 
     def write(self, bar, values):
+        """One line of the log, with the images per second since the last one; the losses go to the progress bar."""
         now = time.time()
         values |= dict(images_per_s=self.images / (now - self.clock), time=now)
         self.images, self.clock = 0, now
@@ -565,6 +567,7 @@ class Watch:
             self.seen[file] = 2
 
     def judge(self):
+        """Gathers what all ranks have seen. -> the number of bad files; ValueError above --max_bad."""
         dist.all_reduce(self.seen, dist.ReduceOp.MAX)
         opened, bad = int((self.seen > 0).sum()), int((self.seen == 2).sum())
         if opened >= 100 and bad > self.cfg.max_bad * opened:
@@ -576,6 +579,7 @@ class Watch:
 # ---- the algorithm -------------------------------------------------------------------------------------------------
 
 def main(cfg):
+    """One run, from the folder of images to the last checkpoint. The loop is the algorithm of the paper."""
     rank, ranks, device = setup()
     accumulate, demo, out = check(cfg, ranks), cfg.data is None, Path(cfg.out)
     if (out / 'last.pt').exists() and not cfg.resume and not demo:

@@ -86,7 +86,8 @@ def test_the_chunked_patch_loss_equals_the_plain_one_in_value_and_gradient():
     for rows in (5, 37, 256):
         chunked = chunked_patch_loss(x, W, lambda rows: p_t[rows], weight, images=6, rows=rows)
         torch.testing.assert_close(chunked.double(), plain.double(), rtol=1e-5, atol=1e-6)
-        for ours, theirs in zip(torch.autograd.grad(3 * chunked, (x, W)), torch.autograd.grad(3 * plain, (x, W), retain_graph=True)):
+        expected = torch.autograd.grad(3 * plain, (x, W), retain_graph=True)
+        for ours, theirs in zip(torch.autograd.grad(3 * chunked, (x, W)), expected):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -175,7 +176,8 @@ def _two_ranks(rank, folder):
     loss.backward()
     center = Center(9)
     center.update(inputs['logits'][:5] if rank == 0 else inputs['logits'][5:])       # unequal shares
-    torch.save({'loss': loss.detach(), 'grad': x.grad / 2, 'center': center.center}, f'{folder}/{rank}.pt')  # DDP's mean
+    mean_of_ddp = x.grad / 2
+    torch.save({'loss': loss.detach(), 'grad': mean_of_ddp, 'center': center.center}, f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
 

@@ -265,12 +265,11 @@ def bad_files(folder):
     dicom(folder / 'padding.dcm', np.full((9, 9), 5, np.uint16), PixelPaddingValue=5)
     return {'truncated.png': 'truncated', 'empty.png': 'empty', 'text.png': 'not an image', 'text.dcm': 'not a DICOM',
             'nopixels.dcm': 'no pixel data', 'short.dcm': 'cut short', 'huge.dcm': 'declares 60000x60000',
-            'huge.pgm': 'exceeds limit', 'constant.png': 'constant', 'colour.png': 'colour',
-            'colour.dcm': 'colour', 'nan.npy': 'NaN', 'infinite.npy': 'infinite', 'zero.npy': 'shape',
-            'objects.npy': 'not a .npy file of numbers', 'line.npy': 'shape', 'text.npy': 'not a .npy', 'cut.npy': 'not a .npy', 'padding.dcm': 'padding', 'rgb.npy': 'shape',
-            'negative.dcm': 'declares -2 frames', 'endless.dcm': 'declares 1000000000 frames', 'palette.dcm': 'not greys',
-            'deep.png': '16-bit colour',
-            'absent.png': 'No such file'}
+            'huge.pgm': 'exceeds limit', 'constant.png': 'constant', 'colour.png': 'colour', 'colour.dcm': 'colour',
+            'nan.npy': 'NaN', 'infinite.npy': 'infinite', 'zero.npy': 'shape', 'rgb.npy': 'shape', 'line.npy': 'shape',
+            'objects.npy': 'not a .npy file of numbers', 'text.npy': 'not a .npy', 'cut.npy': 'not a .npy',
+            'padding.dcm': 'padding', 'negative.dcm': 'declares -2 frames', 'palette.dcm': 'not greys',
+            'endless.dcm': 'declares 1000000000 frames', 'deep.png': '16-bit colour', 'absent.png': 'No such file'}
 
 
 def _without_pixels(path):
@@ -457,7 +456,8 @@ def test_prepare_keeps_the_tree_goes_on_where_it_stopped_and_lists_what_it_canno
 def test_the_command_line_shows_the_mask(tmp_path):
     np.save(tmp_path / 'a.npy', mask.phantom(np.random.default_rng(0)).volume[0])
     for arguments, words in [((), 'overlap with the true mask'), ((tmp_path / 'a.npy', tmp_path / 'o.png'), 'tissue ')]:
-        done = subprocess.run([sys.executable, ROOT / 'mask.py', *arguments], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, ROOT / 'mask.py', *arguments], cwd=tmp_path, capture_output=True,
+                              text=True)
         assert done.returncode == 0 and words in done.stdout, done.stderr
     assert Image.open(tmp_path / 'o.png').size == (192, 256)
     done = subprocess.run([sys.executable, ROOT / 'mask.py', tmp_path / 'absent.png'], capture_output=True, text=True)

@@ -31,7 +31,8 @@ def run(out, *flags, ranks=1, ok=True, tiny=TINY):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     log = out / 'log.jsonl'
-    return done.stdout + done.stderr, [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = log.read_text().splitlines() if log.exists() else []
+    return done.stdout + done.stderr, [json.loads(line) for line in lines]
 
 
 def timeless(lines):
@@ -119,7 +120,8 @@ def test_what_cannot_work_is_refused_at_once(flags, words):
 
 def test_flags_and_demo(capsys):
     assert pretrain.parse(Config, [], DEMO).out == 'runs/demo'
-    cfg = pretrain.parse(Config, ['--data', 'x', '--local_scale', '0.1', '0.3', '--percentile', '40', '--no-resume'], DEMO)
+    flags = ['--data', 'x', '--local_scale', '0.1', '0.3', '--percentile', '40', '--no-resume']
+    cfg = pretrain.parse(Config, flags, DEMO)
     assert cfg == Config(data='x', local_scale=(0.1, 0.3), percentile=40.0)
     with pytest.raises(SystemExit):
         pretrain.parse(Config, ['--bacth', '3'], DEMO)
@@ -270,7 +272,8 @@ def test_knn_and_bootstrap_are_what_they_say():
 def test_the_demo_runs_under_torchrun_and_leaves_what_it_promises(demo):
     out, text, lines = demo
     assert 'SMOKE RUN ON PHANTOMS' in text and 'trained - random init' in text
-    for name in ('log.jsonl', 'last.pt', 'step_000003.pt', 'step_000006.pt', 'report.json', 'views.png', 'attention.png'):
+    for name in ('log.jsonl', 'last.pt', 'step_000003.pt', 'step_000006.pt', 'report.json', 'views.png',
+                 'attention.png'):
         assert (out / name).exists(), name
     assert lines[0]['config']['prototypes'] == 32 and [line['step'] for line in lines[1:]] == list(range(6))
     for line in lines[1:]:
@@ -312,6 +315,29 @@ def test_a_resumed_run_is_the_same_run(demo, tmp_path):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
     for i, moments in a['optimizer']['state'].items():
         assert all(torch.equal(v, b['optimizer']['state'][i][k]) for k, v in moments.items())
+
+
+def test_another_recipe_or_a_broken_checkpoint_is_not_resumed(demo, tmp_path):
+    cfg = pretrain.parse(Config, TINY, DEMO)
+    with pytest.raises(ValueError, match='another recipe: lr .* -> 0.5;'):
+        cfg.lr = 0.5
+        pretrain.restore(demo[0] / 'last.pt', cfg, {}, None)
+    (tmp_path / 'last.pt').write_bytes(b'half a file')
+    with pytest.raises(ValueError, match='not a checkpoint.*copy a step_N.pt over it'):
+        pretrain.restore(tmp_path / 'last.pt', cfg, {}, None)
+
+
+def test_two_ranks_resume_as_they_ran(tmp_path):
+    """Saved between two lines of the log: the count of bad files of the other rank is not lost."""
+    flags = ('--keep_every', 3, '--log_every', 5, '--drop_path', 0.2)
+    _, whole = run(tmp_path / 'run', *flags, ranks=2)
+    weights = torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)
+    shutil.copy(tmp_path / 'run' / 'step_000003.pt', tmp_path / 'run' / 'last.pt')
+    _, lines = run(tmp_path / 'run', *flags, '--resume', ranks=2)
+    assert timeless(lines) == timeless(whole)
+    again = torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)
+    assert torch.equal(weights['seen'], again['seen'])
+    assert all(torch.equal(v, again['teacher'][k]) for k, v in weights['teacher'].items())
 
 
 def test_two_ranks_give_the_losses_of_one(demo, tmp_path):

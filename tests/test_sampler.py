@@ -254,7 +254,8 @@ def test_a_pair_shares_window_and_flip(breast):
     image, tissue = breast
     flips = set()
     for seed in range(10):
-        a, b = sampler.pair_views(np.random.default_rng(seed), image, 255 - image, tissue, 112, brightness=0, contrast=0)
+        a, b = sampler.pair_views(np.random.default_rng(seed), image, 255 - image, tissue, 112, brightness=0,
+                                  contrast=0)
         assert a.shape == b.shape == (112, 112) and a.dtype == np.uint8
         assert np.abs(a.astype(int) + b - 255).max() <= 1
         straight, _ = sampler.pair_views(np.random.default_rng(seed), image, image, tissue, 112, brightness=0,

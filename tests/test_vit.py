@@ -11,7 +11,8 @@ from torch import nn
 import vit
 from vit import ViT
 
-OFFICIAL = {'reg0': dict(registers=0, offset=0.1, antialias=False), 'reg4': dict(registers=4, offset=0.0, antialias=True)}
+OFFICIAL = {'reg0': dict(registers=0, offset=0.1, antialias=False),
+            'reg4': dict(registers=4, offset=0.0, antialias=True)}
 
 
 def case(name):
@@ -144,5 +145,6 @@ def test_heatmaps_and_the_command_line(tmp_path):
     torch.save({'vit': model.config, 'teacher': {f'backbone.{k}': v for k, v in model.state_dict().items()}},
                tmp_path / 'c.pt')
     np.save(tmp_path / 'a.npy', image)
-    done = subprocess.run([sys.executable, ROOT / 'vit.py', 'a.npy', 'c.pt'], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / 'vit.py', 'a.npy', 'c.pt'], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert done.returncode == 0 and (tmp_path / 'heatmap.png').exists(), done.stderr
