@@ -172,7 +172,8 @@ def _open_npy(path):
     except ValueError as error:
         raise ValueError('not a .npy file of numbers; expected an array saved by numpy.save') from error
     if array.ndim not in (2, 3) or array.size == 0 or array.dtype.kind not in 'uifb' or array.shape[-1] <= 4:
-        raise ValueError(f'an array of shape {array.shape} and type {array.dtype}; expected (H, W) or (K, H, W) numbers')
+        raise ValueError(f'an array of shape {array.shape} and type {array.dtype}; '
+                         'expected numbers (H, W) or (K, H, W)')
     _check_size(*array.shape[-2:])
     return array[None] if array.ndim == 2 else array
 
@@ -280,7 +281,7 @@ def _decode(path, ds, first, frame):
     try:
         if syntax.is_deflated:                              # compressed as a whole, there is no frame to seek
             return pixel_array(pydicom.dcmread(path), index=frame)
-        if syntax.is_encapsulated or ITEM not in first:
+        if syntax.is_encapsulated or ITEM not in (first[8:12], first[12:16]):           # after tag, VR and length
             return pixel_array(path, index=frame)
         ds = pydicom.dcmread(path)
         ds.file_meta.TransferSyntaxUID = syntax = _syntax_of_stream(ds.PixelData)
@@ -429,7 +430,8 @@ def tissue(image, percentile=40, kernel=9):
 
 def _check_uint8(image):
     if image.dtype != np.uint8 or image.ndim != 2:
-        raise ValueError(f'an image of shape {image.shape} and type {image.dtype}; expected (H, W) uint8, as `read` gives')
+        raise ValueError(f'an image of shape {image.shape} and type {image.dtype}; '
+                         'expected (H, W) uint8, as `read` gives')
 
 
 def otsu(image):
@@ -669,7 +671,7 @@ def _prepare_one(path, target, side):
                 shape = image.shape if count == 1 else (count, *image.shape)
                 out = np.lib.format.open_memmap(part, mode='w+', dtype=np.uint8, shape=shape)
             if image.shape != out.shape[-2:]:
-                raise ValueError(f'frame {k} is {image.shape[1]}x{image.shape[0]}, frame 0 is {out.shape[2]}x{out.shape[1]}')
+                raise ValueError(f'frame {k} is of another size than frame 0')
             out[... if count == 1 else k] = image
         out.flush()
         os.replace(part, target)

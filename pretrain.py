@@ -97,7 +97,7 @@ class Config:
     jitter: float = option(0.8, 'dinov2', 'probability of brightness and contrast')
     brightness: float = option(0.4, 'dinov2', 'factor 1 +- this')
     contrast: float = option(0.4, 'dinov2', 'factor 1 +- this, about the mean of the view')
-    blurs: tuple[float, float, float] = option((1.0, 0.1, 0.5), 'dinov2', 'probability of blur: global 1, global 2, local')
+    blurs: tuple[float, float, float] = option((1.0, 0.1, 0.5), 'dinov2', 'probability of blur: global 1, 2, locals')
     solarizes: float = option(0.2, 'dinov2', 'probability of solarization, second global crop')
     mask_prob: float = option(0.5, 'dinov2', 'probability that a global crop is masked')
     mask_ratio: tuple[float, float] = option((0.1, 0.5), 'dinov2', 'share of patches masked')
@@ -127,9 +127,9 @@ class Config:
 
 DEMO = dict(out='runs/demo', workers=0, save_every=10_000, steps=330, batch=16, micro_batch=16, lr=0.0113, warmup=33,
             layer_decay=1.0, wd_end=0.04, freeze_last_layer=0, volume_items=True,
-            size=84, width=128, depth=4, heads=4, drop_path=0.0, layerscale=1.0, prototypes=256, hidden=256, bottleneck=64,
-            locals=4, local_size=42, global_scale=(0.25, 0.8), local_scale=(0.06, 0.25), min_coverage=0.7,
-            brightness=0.2, contrast=0.2, blurs=(0.2, 0.2, 0.2), solarizes=0.0,
+            size=84, width=128, depth=4, heads=4, drop_path=0.0, layerscale=1.0, prototypes=256, hidden=256,
+            bottleneck=64, locals=4, local_size=42, global_scale=(0.25, 0.8), local_scale=(0.06, 0.25),
+            min_coverage=0.7, brightness=0.2, contrast=0.2, blurs=(0.2, 0.2, 0.2), solarizes=0.0,
             teacher_temp=0.04, teacher_temp_steps=0, momentum=0.96)
 
 
@@ -175,8 +175,8 @@ def check(cfg, ranks):
     if cfg.prototypes < 2:
         raise ValueError(f'--prototypes {cfg.prototypes}: a softmax needs at least 2')
     if cfg.size % cfg.patch or cfg.local_size % cfg.patch or cfg.width % cfg.heads:
-        raise ValueError(f'--size {cfg.size} and --local_size {cfg.local_size} must be multiples of --patch {cfg.patch}, '
-                         f'--width {cfg.width} of --heads {cfg.heads}')
+        raise ValueError(f'--size {cfg.size} and --local_size {cfg.local_size} must be multiples of --patch '
+                         f'{cfg.patch}, --width {cfg.width} of --heads {cfg.heads}')
     for name in ('steps', 'd_max', 'save_every', 'log_every'):
         if getattr(cfg, name) < 1:
             raise ValueError(f'--{name} {getattr(cfg, name)} must be at least 1')
@@ -245,7 +245,8 @@ class Slices(Dataset):
         pair = np.empty((0, 2, cfg.size, cfg.size), np.uint8)
         if self.counts[file] > 1 and cfg.slice_weight:
             neighbour = self.load(file, sampler.slice_pair(rng, frame, int(self.counts[file]), cfg.d_max))
-            pair = sampler.pair_views(rng, image, neighbour, law, cfg.size, cfg.global_scale, rho=cfg.min_coverage)[None]
+            pair = sampler.pair_views(rng, image, neighbour, law, cfg.size, cfg.global_scale,
+                                      rho=cfg.min_coverage)[None]
         return dict(globals=out['globals'], locals=out['locals'], masks=np.stack(masks).reshape(2, -1), pair=pair,
                     relaxed=int(out['relaxed'].sum()), masks_relaxed=masks_relaxed,
                     enlarged=int(min(image.shape) < cfg.size))
@@ -452,7 +453,7 @@ def save(path, state):
 
 
 def checkpoint(cfg, step, parts, watch, rank):
-    """After so many steps: OUT/last.pt every `save_every` and at the end, OUT/step_N.pt every `keep_every`, for good."""
+    """OUT/last.pt every `save_every` steps and at the end; OUT/step_N.pt every `keep_every` steps, for good."""
     names = ['last.pt'] if step % cfg.save_every == 0 or step == cfg.steps else []
     names += [f'step_{step:06d}.pt'] if cfg.keep_every and step % cfg.keep_every == 0 else []
     if names:
@@ -529,8 +530,9 @@ class Log:
             return
         old = self.path.read_text().splitlines() if start and self.path.exists() else []
         header = json.dumps(dict(config=asdict(cfg), torch=torch.__version__, numpy=np.__version__, commit=commit()))
-        kept = old[:1] + [line for line in old[1:] if line.endswith('}') and json.loads(line)['step'] < start] or [header]
-        self.path.write_text('\n'.join(kept) + '\n')
+        whole = [line for line in old[1:] if line.endswith('}')]                        # a crash may leave half a line
+        kept = [line for line in whole if json.loads(line)['step'] < start]
+        self.path.write_text('\n'.join([*(old[:1] or [header]), *kept]) + '\n')
 
     def write(self, bar, values):
         """One line of the log, with the images per second since the last one; the losses go to the progress bar."""

@@ -367,8 +367,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
 
 
 def test_a_folder_of_real_files_trains_and_a_finished_run_is_not_overwritten(folder, tmp_path):
-    flags = ['--data', folder, '--workers', '2', '--size', '84', '--local_size', '42', '--locals', '2', '--hidden', '64',
-             '--bottleneck', '16', '--steps', '2', '--amp']
+    flags = ['--data', folder, '--workers', '2', '--size', '84', '--local_size', '42', '--locals', '2',
+             '--hidden', '64', '--bottleneck', '16', '--steps', '2', '--amp']
     text, lines = run(tmp_path / 'run', *flags)
     assert 'PHANTOMS' not in text and len(lines) == 3 and all(math.isfinite(line['total']) for line in lines[1:])
     text, _ = run(tmp_path / 'run', *flags, ok=False)
