@@ -9,7 +9,7 @@ The run's folder `--out` receives log.jsonl (the first line is the configuration
 centres); `--resume` goes on from there as if it had never stopped. Plain `python pretrain.py` works as well.
 
 One step, over all ranks and micro-batches:
-    views, masks, pairs of 128 slices  ->  student and teacher tokens  ->  four losses  ->  AdamW  ->  teacher EMA
+    views, masks, slice pairs of 128 images  ->  student and teacher tokens  ->  four losses  ->  AdamW  ->  teacher EMA
 B images of a micro-batch, S s pixels, N patches, D width, E bottleneck, K prototypes, P slice pairs, M masked patches.
 """
 import argparse
@@ -59,12 +59,12 @@ class Config:
     save_every: int = option(1000, 'ours', 'steps between checkpoints')
     keep_every: int = option(0, 'dbt-dino 6.1', 'steps between checkpoints kept for good; 0 keeps the last')
     log_every: int = option(10, 'ours', 'steps between lines of the log')
-    max_bad: float = option(0.05, 'ours', 'stop above this share of files with an unusable frame')
+    max_bad: float = option(0.05, 'ours', 'stop above this share of files with an unusable frame, from 100 files on')
     amp: bool | None = option(None, 'ours', 'bf16 autocast; by default on GPUs only')
     # optimization
     steps: int = option(300_000, 'paper 3.2', 'optimizer steps')
     batch: int = option(128, 'paper 3.2', 'images per step, over all ranks')
-    micro_batch: int = option(16, 'paper 3.2', 'images per rank at once; the rest of the batch is accumulated')
+    micro_batch: int = option(16, 'ours', 'images per rank at once, the rest is accumulated; 128 on eight GPUs')
     lr: float = option(0.004, 'dinov2', 'peak for a batch of 1024, scaled by sqrt(batch / 1024)')
     lr_end: float = option(1e-6, 'dinov2', 'the cosine ends here')
     warmup: int = option(12_500, 'dinov2', 'steps of linear warm-up')
@@ -105,7 +105,7 @@ class Config:
     mask_max: float = option(0.5, 'dinov2', 'm_max, share of the grid of the largest piece')
     tissue_weight: float = option(1.0, 'ours', 'w_t in pi = w_t r + eps')
     mask_eps: float = option(1e-3, 'ours', 'eps in pi = w_t r + eps')
-    d_max: int = option(4, 'paper Fig. 1', 'D_max, slices between the two of a pair')
+    d_max: int = option(4, 'paper Fig. 1', 'D_max; 4 is the offset drawn there')
     volume_items: bool = option(False, 'ours', 'an epoch takes one random slice per volume instead of all')
     blind_crops: bool = option(False, 'paper 3.4', 'ablation: crops as in DINOv2')
     blind_masks: bool = option(False, 'paper 3.4', 'ablation: masks blind to tissue')
@@ -115,7 +115,7 @@ class Config:
     slice_weight: float = option(0.1, 'ours', 'lambda_3 of DINO-adj; 0 is the ablation without it')
     koleo_weight: float = option(0.1, 'dinov2', 'lambda_4 of KoLeo')
     student_temp: float = option(0.1, 'dinov2', 'tau_s')
-    teacher_temp: float = option(0.07, 'dinov2', 'tau_t; above it is unstable')
+    teacher_temp: float = option(0.07, 'dinov2', 'tau_t; DINO found training unstable above 0.07')
     teacher_temp_start: float = option(0.04, 'dinov2', 'tau_t at the start')
     teacher_temp_steps: int = option(37_500, 'dinov2', 'steps of linear rise to tau_t')
     momentum: float = option(0.992, 'dinov2', 'of the teacher, rising to 1 by cosine')
@@ -177,6 +177,8 @@ def check(cfg, ranks):
     if cfg.size % cfg.patch or cfg.local_size % cfg.patch or cfg.width % cfg.heads:
         raise ValueError(f'--size {cfg.size} and --local_size {cfg.local_size} must be multiples of --patch '
                          f'{cfg.patch}, --width {cfg.width} of --heads {cfg.heads}')
+    if 0 < cfg.test_phantoms < 12:
+        raise ValueError(f'--test_phantoms {cfg.test_phantoms}: ten neighbours need at least 12, or 0 for no test')
     for name in ('steps', 'd_max', 'save_every', 'log_every'):
         if getattr(cfg, name) < 1:
             raise ValueError(f'--{name} {getattr(cfg, name)} must be at least 1')
@@ -584,7 +586,8 @@ def main(cfg):
     """One run, from the folder of images to the last checkpoint. The loop is the algorithm of the paper."""
     rank, ranks, device = setup()
     accumulate, demo, out = check(cfg, ranks), cfg.data is None, Path(cfg.out)
-    if (out / 'last.pt').exists() and not cfg.resume and not demo:
+    again = demo and cfg.out == DEMO['out']                 # the demo may be run twice, but never over another run
+    if any((out / name).exists() for name in ('last.pt', 'log.jsonl')) and not cfg.resume and not again:
         raise ValueError(f'{out} holds a run; add --resume to go on with it, or choose another --out')
     out.mkdir(parents=True, exist_ok=True)
     folder = make_phantoms(cfg, rank) if demo else cfg.data
@@ -761,7 +764,8 @@ def pictures(cfg, sides, out):
     """views.png, what the sampler does; attention.png, features and attention before and after training."""
     wide = mask.phantom(np.random.default_rng(8), width=288, lesion=True)
     image = prepared(wide)[0]
-    sampler.contact_sheet(np.random.default_rng(1), image, mask.tissue(image, None)).save(out / 'views.png')
+    sheet = sampler.contact_sheet(np.random.default_rng(1), image, mask.tissue(image, None), rho=cfg.min_coverage)
+    sheet.save(out / 'views.png')
     rows = []
     for seed in (4, 6):
         image = prepared(mask.phantom(np.random.default_rng(seed), lesion=True))[0]

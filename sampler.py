@@ -35,8 +35,8 @@ def crop_box(rng, tissue, scale, ratio, rho):
     """A window placed around a random tissue pixel with r(C) > rho -> (box, relaxed).
 
     scale: range of the window's share of the image area; ratio: range of width / height, drawn log-uniformly.
-    Each try draws area, ratio and pixel anew. After 50 tries rho falls linearly to 0 over 50 more, and `relaxed` is
-    True. Without any tissue the crop is uniform and counts as relaxed.
+    Each try draws area, ratio and pixel anew. After 50 tries rho falls linearly to 0 over 50 more, and whatever passes
+    then counts as `relaxed`. Without any tissue the crop is uniform and counts as relaxed.
 
     The pixel keeps its relative place: at a third of the image's height it lies at a third of the window's. So the
     window holds the pixel and stays inside the image, and if all is tissue its place is uniform, DINOv2's law.
@@ -266,7 +266,7 @@ def pair_views(rng, slice_a, slice_b, tissue, size=518, scale=(0.5, 1.0), ratio=
 
 # ---- contact sheet (Fig. 1a, 1b) ----------------------------------------------------------------------------------
 
-def contact_sheet(rng, image, tissue, size=224, local_size=112, patch=14, rho=0.5, ratio=0.4):
+def contact_sheet(rng, image, tissue, size=224, local_size=112, patch=14, rho=0.3, ratio=0.4):
     """Tissue-aware sampling above uniform sampling, a PIL image: the windows on the image, two global crops with
     their patch masks, six local crops; under each the share of tissue in it."""
     rows = []

@@ -312,16 +312,35 @@ def overlay(image, heat):
     return np.uint8((1 - alpha) * image[..., None] + alpha * 255 * colour)
 
 
-if __name__ == '__main__':
-    if len(sys.argv) > 2:
-        picture, checkpoint, out = (sys.argv[1:] + ['heatmap.png'])[:3]
-        grey = np.load(picture) if picture.endswith('.npy') else np.array(Image.open(picture).convert('L'))
+def _load_grey(path):
+    """A prepared image, 8 bit, any format Pillow opens or .npy; of a volume the middle slice. For DICOM see mask.py."""
+    grey = np.load(path, allow_pickle=False) if path.endswith('.npy') else np.array(Image.open(path))
+    grey = grey[len(grey) // 2] if grey.ndim == 3 else grey
+    if grey.ndim != 2 or grey.dtype != np.uint8:
+        raise ValueError(f'{path}: {grey.dtype} of shape {grey.shape}; expected 8-bit grey, as `python mask.py prepare` '
+                         'writes it')
+    return grey
+
+
+def _main(arguments):
+    if len(arguments) in (2, 3):
+        picture, checkpoint, out = (arguments + ['heatmap.png'])[:3]
+        grey = _load_grey(picture)
         panels = [np.repeat(grey[..., None], 3, -1)] + [overlay(grey, m) for m in heatmaps(load(checkpoint), grey)]
         Image.fromarray(np.concatenate(panels, axis=1)).save(out)
-        print(f'{out}: image, feature, attention')
-    else:
+        print(f'-> {out}: image, feature, attention')
+    elif not arguments:
         base = ViT(**SIZES['base'])
         for side in (518, 196, 98):
             cls, patches = base(torch.rand(1, 1, side, side))
             print(f'{side:4d} x {side:<4d} -> cls {tuple(cls.shape)}  patches {tuple(patches.shape)}')
         print(f'{sum(p.numel() for p in base.parameters()):,} parameters')
+    else:
+        raise ValueError('expected no argument, or IMAGE CHECKPOINT [OUT.png]')
+
+
+if __name__ == '__main__':
+    try:
+        _main(sys.argv[1:])
+    except (ValueError, OSError) as problem:
+        sys.exit(f'vit.py: {problem}')

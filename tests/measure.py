@@ -1,8 +1,12 @@
-"""The measurements behind two defaults: the tissue threshold tau and the minimum coverage rho. Not a test.
+"""The measurements in the README: the tissue threshold tau, the minimum coverage rho, a read-out. Not a test.
 
     $ python tests/measure.py tau LABELS.csv            # columns file, mask: overlap of each rule with hand-made masks
     $ python tests/measure.py tau DIR                   # no masks: share of the image that each rule calls tissue
     $ python tests/measure.py rho DIR [--images 60]     # share of crops that relax rho, global and local
+    $ python tests/measure.py knn LABELS.csv --checkpoint RUN/last.pt --label density --group patient
+
+The last one: leave-one-group-out k-NN of a label from the CLS token of whole images (columns file, label, group),
+for the trained teacher and for the random weights it started from.
 """
 import argparse
 import csv
@@ -13,7 +17,10 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch  # noqa: E402
+
 import mask  # noqa: E402
+import pretrain  # noqa: E402
 import sampler  # noqa: E402
 from pretrain import Config  # noqa: E402
 
@@ -73,10 +80,38 @@ def rho(folder, images, draws=40):
         print(f'| {minimum:.1f} | {shares[0]:.1%} | {shares[1]:.1%} | {whole:.1%} |')
 
 
+def knn(labels, checkpoint, label, group):
+    source, device = Path(labels), torch.device('cpu')
+    with open(source) as file:
+        rows = list({r['file']: r for r in reversed(list(csv.DictReader(file)))}.values())
+    y = np.unique([r[label] for r in rows], return_inverse=True)[1]
+    groups = np.array([r[group] for r in rows])
+    images = [mask.clahe(mask.read(source.parent / r['file'])) for r in rows]
+    state = torch.load(checkpoint, map_location='cpu', weights_only=True)
+    random, trained = (pretrain.networks(Config(**state['config']), device)[1] for _ in range(2))
+    trained.load_state_dict(state['teacher'])
+    print(f'{len(y)} images, {len(set(groups))} groups, largest class {np.bincount(y).max() / len(y):.3f}')
+    hits = {}
+    for name, network in (('random init', random), ('trained teacher', trained)):
+        x = pretrain.cls_tokens(network, images, device).numpy()
+        similarity = np.where(groups[:, None] == groups[None], -np.inf, x @ x.T)
+        hits[name] = (pretrain.knn(similarity, y) == y).astype(float)
+        print(f'{name:16s} {label} {hits[name].mean():.3f}')
+    gain = hits['trained teacher'] - hits['random init']
+    low, high = pretrain.bootstrap(np.mean, [gain], groups, np.random.default_rng(0))
+    print(f'difference {gain.mean():+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}] over groups')
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=('tau', 'rho'))
+    parser.add_argument('what', choices=('tau', 'rho', 'knn'))
     parser.add_argument('source')
     parser.add_argument('--images', type=int, default=60, help='drawn from the folder, seed 0')
+    parser.add_argument('--checkpoint')
+    parser.add_argument('--label', default='density')
+    parser.add_argument('--group', default='patient')
     args = parser.parse_args()
-    (tau if args.what == 'tau' else rho)(args.source, args.images)
+    if args.what == 'knn':
+        knn(args.source, args.checkpoint, args.label, args.group)
+    else:
+        (tau if args.what == 'tau' else rho)(args.source, args.images)

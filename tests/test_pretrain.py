@@ -371,5 +371,6 @@ def test_a_folder_of_real_files_trains_and_a_finished_run_is_not_overwritten(fol
              '--hidden', '64', '--bottleneck', '16', '--steps', '2', '--amp']
     text, lines = run(tmp_path / 'run', *flags)
     assert 'PHANTOMS' not in text and len(lines) == 3 and all(math.isfinite(line['total']) for line in lines[1:])
-    text, _ = run(tmp_path / 'run', *flags, ok=False)
-    assert 'holds a run; add --resume' in text
+    for again in (flags, ()):                                           # the same run, and a demo by a forgotten --data
+        text, lines = run(tmp_path / 'run', *again, ok=False)
+        assert 'holds a run; add --resume' in text and len(lines) == 3
