@@ -90,7 +90,7 @@ def listing(root):
         seen.add(os.path.realpath(folder))
         for name in names:
             suffix, path = Path(name).suffix.lower(), os.path.join(folder, name)
-            if name.startswith('.') or name == 'DICOMDIR':
+            if name.startswith('.') or name == 'DICOMDIR' or os.path.exists(path) and not os.path.isfile(path):
                 continue
             if suffix in SUFFIXES or (not suffix or suffix[1:].isdigit()) and _starts_like_dicom(path):
                 found.append(path)
@@ -142,6 +142,8 @@ def to_uint8(pixels, padding=None, invert=False):
     if low == high:
         raise ValueError(f'a constant image, every pixel is {low:g}')
     low, span = float(low), float(high) - float(low)
+    if not np.isfinite(span):
+        raise ValueError(f'pixels from {low:g} to {float(high):g}, too far apart for numbers')
     if pixels.dtype.kind in 'ui' and pixels.dtype.itemsize < 8 and span < 2 ** 16:      # each grey value once
         table = np.rint(np.arange(span + 1) * (255 / span)).astype(np.uint8)
         out = table[pixels.clip(int(low), int(low + span)) - np.int64(low)]
@@ -183,6 +185,8 @@ def _open_picture(path):
         image = Image.open(path)
     except Image.UnidentifiedImageError as error:
         raise ValueError('not an image; expected PNG, TIFF, PGM or JPEG') from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f'declares more pixels than the {MAX_PIXELS:,} of mask.MAX_PIXELS') from error
     _check_size(image.height, image.width)
     return image
 
@@ -612,8 +616,8 @@ def prepare(src, dst, side=1024, workers=None):
     src, dst = Path(src), Path(dst)
     if dst.resolve().is_relative_to(src.resolve()):
         raise ValueError(f'{dst} lies in {src}, it would be prepared again next time; choose a folder outside')
-    if side < 1:
-        raise ValueError(f'--side {side}: expected at least 1 pixel')
+    if side < 1 or workers is not None and workers < 1:
+        raise ValueError(f'--side {side} and --workers {workers}: expected at least 1')
     todo, taken, skipped, written, rejected = [], {}, 0, 0, []
     for path in listing(src):
         relative = Path(path).relative_to(src)
@@ -638,7 +642,7 @@ def prepare(src, dst, side=1024, workers=None):
     except BrokenProcessPool:
         raise ValueError('a worker died, probably out of memory; lower --workers and start again') from None
     finally:
-        with open(dst / 'rejected.csv', 'w', newline='') as file:
+        with open(dst / 'rejected.csv', 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
             csv.writer(file).writerows([('file', 'reason'), *sorted(rejected)])
     return written, skipped, len(rejected)
 
@@ -689,7 +693,9 @@ def _main(arguments):
         parser.add_argument('--side', type=int, default=1024, help='pixels of the shorter side at most; files that are there already keep theirs')
         parser.add_argument('--workers', type=int, help='processes (default: all cores)')
         written, skipped, rejected = prepare(**vars(parser.parse_args(arguments[1:])))
-        print(f'{written} written, {skipped} were there, {rejected} rejected')
+        print(f'{written} written, {skipped} were there, {rejected} rejected (named in DST/rejected.csv)')
+        if not written + skipped:
+            raise ValueError('not one file could be prepared')
         return
     parser = argparse.ArgumentParser(usage=usage)
     parser.add_argument('file', nargs='?', help='an image; without one, a phantom')

@@ -166,22 +166,37 @@ def setup():
 
 def check(cfg, ranks):
     """What cannot work is refused before anything is read. -> micro-batches per step."""
+    wrong = [f'--{name} {getattr(cfg, name)} must be above 0' for name in (
+        'steps', 'batch', 'micro_batch', 'save_every', 'log_every', 'size', 'local_size', 'patch', 'width', 'depth', 'heads',
+        'hidden', 'bottleneck', 'kernel', 'mask_min', 'mask_eps', 'd_max', 'student_temp', 'teacher_temp',
+        'teacher_temp_start') if getattr(cfg, name) <= 0]
+    wrong += [f'--{name} {getattr(cfg, name)} must not be negative' for name in (
+        'seed', 'workers', 'keep_every', 'warmup', 'registers', 'locals', 'teacher_temp_steps', 'image_weight',
+        'patch_weight', 'slice_weight', 'koleo_weight') if getattr(cfg, name) < 0]
+    for name in ('max_bad', 'min_coverage', 'mask_prob', 'mask_max', 'jitter', 'solarizes', 'drop_path', 'momentum',
+                 'center_momentum', 'blurs', 'mask_ratio', 'global_scale', 'local_scale'):
+        value = getattr(cfg, name)
+        if not all(0 <= v <= 1 for v in (value if isinstance(value, tuple) else (value,))):
+            wrong.append(f'--{name} {value} must lie in 0..1')
+    for name in ('mask_ratio', 'global_scale', 'local_scale'):
+        low, high = getattr(cfg, name)
+        if low > high or high == 0:
+            wrong.append(f'--{name} {low} {high} must rise')
+    if cfg.prototypes < 2:
+        wrong.append(f'--prototypes {cfg.prototypes}: a softmax needs at least 2')
+    if cfg.kernel % 2 == 0 or cfg.percentile is not None and not 0 <= cfg.percentile <= 100:
+        wrong.append(f'--kernel {cfg.kernel} must be odd and --percentile {cfg.percentile} in 0..100')
+    if 0 < cfg.test_phantoms < 12:
+        wrong.append(f'--test_phantoms {cfg.test_phantoms}: ten neighbours need at least 12, or 0 for no test')
+    if wrong:
+        raise ValueError('; '.join(wrong))
+    if cfg.size % cfg.patch or cfg.local_size % cfg.patch or cfg.width % cfg.heads:
+        raise ValueError(f'--size {cfg.size} and --local_size {cfg.local_size} must be multiples of --patch '
+                         f'{cfg.patch}, --width {cfg.width} of --heads {cfg.heads}')
     micro = min(cfg.micro_batch, cfg.batch // ranks)
     if micro < 1 or cfg.batch % (micro * ranks):
         raise ValueError(f'--batch {cfg.batch} does not divide into {ranks} rank(s) times --micro_batch '
                          f'{cfg.micro_batch}; choose a multiple of {ranks * cfg.micro_batch}')
-    if cfg.mask_eps <= 0:
-        raise ValueError(f'--mask_eps {cfg.mask_eps} must be above 0, or air could never be masked')
-    if cfg.prototypes < 2:
-        raise ValueError(f'--prototypes {cfg.prototypes}: a softmax needs at least 2')
-    if cfg.size % cfg.patch or cfg.local_size % cfg.patch or cfg.width % cfg.heads:
-        raise ValueError(f'--size {cfg.size} and --local_size {cfg.local_size} must be multiples of --patch '
-                         f'{cfg.patch}, --width {cfg.width} of --heads {cfg.heads}')
-    if 0 < cfg.test_phantoms < 12:
-        raise ValueError(f'--test_phantoms {cfg.test_phantoms}: ten neighbours need at least 12, or 0 for no test')
-    for name in ('steps', 'd_max', 'save_every', 'log_every'):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f'--{name} {getattr(cfg, name)} must be at least 1')
     return cfg.batch // (micro * ranks)
 
 
@@ -205,7 +220,7 @@ class Slices(Dataset):
     def __getitem__(self, i):
         epoch, place = divmod(i, len(self))
         index, bad = shuffled(place, len(self), (self.cfg.seed, epoch)), []
-        for _ in range(len(self)):
+        for _ in range(min(len(self), 100)):
             file = int(np.searchsorted(self.ends, index, side='right'))
             rng = np.random.default_rng([self.cfg.seed, epoch, index])
             frame = int(rng.integers(self.counts[file])) if self.cfg.volume_items \
@@ -215,7 +230,7 @@ class Slices(Dataset):
             except (ValueError, OSError) as error:
                 bad.append((file, str(error)))
                 index = (index + 1) % len(self)
-        raise ValueError(f'not one image of the folder can be used; the last: {bad[-1][1]}')
+        raise ValueError(f'{len(bad)} images in a row cannot be used, the first: {bad[0][1]}')
 
     def load(self, file, frame):
         """Prepared .npy have their CLAHE behind them; every other file gets it here (paper 3.1)."""
@@ -247,6 +262,8 @@ class Slices(Dataset):
         pair = np.empty((0, 2, cfg.size, cfg.size), np.uint8)
         if self.counts[file] > 1 and cfg.slice_weight:
             neighbour = self.load(file, sampler.slice_pair(rng, frame, int(self.counts[file]), cfg.d_max))
+            if neighbour.shape != image.shape:
+                raise ValueError(f'{path}: its frames differ in size, {image.shape} and {neighbour.shape}')
             pair = sampler.pair_views(rng, image, neighbour, law, cfg.size, cfg.global_scale,
                                       rho=cfg.min_coverage)[None]
         return dict(globals=out['globals'], locals=out['locals'], masks=np.stack(masks).reshape(2, -1), pair=pair,
@@ -308,7 +325,7 @@ def index(cfg, folder, rank):
 
 
 def headers(cfg, folder):
-    """-> the readable files below the folder, and how many slices each has."""
+    """-> the readable files below the folder, how many slices each has, and the number of files left out."""
     files, counts, bad = mask.listing(folder), [], []
     for path in tqdm(files, desc='reading headers', unit='file', delay=2):
         try:
@@ -321,7 +338,7 @@ def headers(cfg, folder):
     if len(bad) == len(files) or len(files) >= 100 and len(bad) > cfg.max_bad * len(files):
         raise ValueError(f'{folder}: {len(bad)} of {len(files)} files cannot be read, --max_bad is {cfg.max_bad}; '
                          f'the first: {bad[0]}')
-    return [path for path, count in zip(files, counts) if count], [count for count in counts if count]
+    return [path for path, count in zip(files, counts) if count], [count for count in counts if count], len(bad)
 
 
 # ---- student and teacher -------------------------------------------------------------------------------------------
@@ -448,9 +465,13 @@ def set_rates(optimizer, now, frozen):
 # ---- checkpoints and the log ---------------------------------------------------------------------------------------
 
 def save(path, state):
-    """Written beside its place and moved there whole: a crash leaves the checkpoint before it."""
-    part = f'{path}.part'
-    torch.save(state, part)
+    """Written beside its place and moved there whole: a crash or a full disk leaves the checkpoint before it."""
+    part = Path(f'{path}.part')
+    try:
+        torch.save(state, part)
+    except (OSError, RuntimeError) as problem:
+        part.unlink(missing_ok=True)
+        raise OSError(f'{path} cannot be written ({problem}); free some disk space, then --resume') from problem
     os.replace(part, path)
 
 
@@ -468,24 +489,26 @@ def checkpoint(cfg, step, parts, watch, rank):
 
 def restore(path, cfg, parts, watch):
     """Puts a checkpoint back in place. -> the step to go on with. A changed recipe is refused."""
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as problem:
-        raise ValueError(f'{path}: not a checkpoint of this script ({type(problem).__name__}); remove it to start '
-                         'afresh, or copy a step_N.pt over it') from problem
     free = {'resume', 'data', 'out', 'workers', 'micro_batch', 'save_every', 'keep_every', 'log_every', 'max_bad',
             'test_phantoms'}
-    changed = [f"{k} {state['config'][k]} -> {v}" for k, v in asdict(cfg).items()
-               if k not in free and state['config'][k] != v]
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        changed = [f"{k} {state['config'].get(k)} -> {v}" for k, v in asdict(cfg).items()
+                   if k not in free and state['config'].get(k) != v]
+        seen, step = state['seen'], state['step']
+        if not changed and len(seen) == len(watch.seen):
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            watch.seen.copy_(seen)
+    except Exception as problem:
+        raise ValueError(f'{path}: not a checkpoint of this script ({type(problem).__name__}); remove it to start '
+                         'afresh, or copy a step_N.pt over it if --keep_every left one') from problem
     if changed:
         raise ValueError(f"{path} is the run of another recipe: {', '.join(changed)}; choose another --out")
-    if len(state['seen']) != len(watch.seen):
-        raise ValueError(f"{path} was trained on {len(state['seen'])} files, the folder now has {len(watch.seen)}; "
+    if len(seen) != len(watch.seen):
+        raise ValueError(f'{path} was trained on {len(seen)} files, the folder now has {len(watch.seen)}; '
                          'the stream would not be the same')
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    watch.seen.copy_(state['seen'])
-    return state['step']
+    return step
 
 
 def effective_rank(x):
@@ -559,8 +582,8 @@ def commit():
 class Watch:
     """Which files were opened and which were bad, over all ranks; too many bad ones stop the run."""
 
-    def __init__(self, cfg, files, device):
-        self.cfg, self.files = cfg, files
+    def __init__(self, cfg, files, device, left_out=0):
+        self.cfg, self.left_out = cfg, left_out             # files whose header could not be read
         self.seen = torch.zeros(len(files), dtype=torch.uint8, device=device)           # 1 opened, 2 bad
 
     def note(self, batch):
@@ -573,7 +596,7 @@ class Watch:
     def judge(self):
         """Gathers what all ranks have seen. -> the number of bad files; ValueError above --max_bad."""
         dist.all_reduce(self.seen, dist.ReduceOp.MAX)
-        opened, bad = int((self.seen > 0).sum()), int((self.seen == 2).sum())
+        opened, bad = (int((self.seen >= least).sum()) + self.left_out for least in (1, 2))
         if opened >= 100 and bad > self.cfg.max_bad * opened:
             raise ValueError(f'{bad} of {opened} files opened so far are unusable, --max_bad is {self.cfg.max_bad}; '
                              'their names are above')
@@ -591,8 +614,8 @@ def main(cfg):
         raise ValueError(f'{out} holds a run; add --resume to go on with it, or choose another --out')
     out.mkdir(parents=True, exist_ok=True)
     folder = make_phantoms(cfg, rank) if demo else cfg.data
-    files, counts = index(cfg, folder, rank)
-    watch = Watch(cfg, files, device)
+    files, counts, left_out = index(cfg, folder, rank)
+    watch = Watch(cfg, files, device, left_out)
 
     student, teacher = networks(cfg, device)
     center = nn.ModuleDict({kind: losses.Center(cfg.prototypes, cfg.center_momentum) for kind in ('cls', 'patch')})
@@ -790,5 +813,14 @@ def captioned(picture, names):
 if __name__ == '__main__':
     try:
         main(parse(Config, sys.argv[1:], DEMO))
-    except (ValueError, OSError) as problem:
-        sys.exit(f'pretrain.py: {problem}')
+    except (ValueError, OSError) as problem:                # from a data worker it comes with its traceback, reason last
+        sys.exit(f"pretrain.py: {str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')}")
+    except RuntimeError as problem:
+        if 'DataLoader worker' not in str(problem):
+            raise
+        sys.exit('pretrain.py: a data worker died, probably out of memory; lower --workers, then --resume')
+    except KeyboardInterrupt:
+        sys.exit('pretrain.py: stopped; --resume goes on from the last checkpoint')
+    finally:
+        if dist.is_initialized() and dist.get_world_size() == 1:
+            dist.destroy_process_group()

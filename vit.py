@@ -217,26 +217,21 @@ def load(path, channels=1):
     """
     try:
         file = torch.load(path, map_location='cpu', weights_only=True)
+        ours = 'vit' in file
+        state = {k.removeprefix('backbone.'): v for k, v in file['teacher'].items() if k.startswith('backbone.')} \
+            if ours else file
+        config = dict(file['vit']) if ours else _official_config(state)
+        if channels == 1 and config['channels'] == 3:
+            state, config['channels'] = fold_rgb(state), 1
+        model = ViT(**config)
+        model.load_state_dict(state)
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f'{path}: not a file of weights ({type(error).__name__}); expected the official DINOv2 '
-                         'ViT file or a checkpoint of pretrain.py') from error
-    ours = isinstance(file, dict) and 'vit' in file
-    state = {k.removeprefix('backbone.'): v for k, v in file['teacher'].items() if k.startswith('backbone.')} \
-        if ours else file
-    if not isinstance(state, dict) or 'pos_embed' not in state or 'patch_embed.proj.weight' not in state:
-        raise ValueError(f'{path}: no ViT in it; expected the official DINOv2 ViT file or a checkpoint of pretrain.py')
-    config = dict(file['vit']) if ours else _official_config(state)
-    if channels == 1 and config['channels'] == 3:
-        state, config['channels'] = fold_rgb(state), 1
+        raise ValueError(f'{path}: no ViT in it ({type(error).__name__}); expected the official DINOv2 ViT file or a '
+                         'checkpoint of pretrain.py') from error
     if config['channels'] != channels:
         raise ValueError(f"{path}: its encoder takes {config['channels']} channels, not {channels}")
-    model = ViT(**config)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f'{path}: {error}') from error
     return model.eval()
 
 

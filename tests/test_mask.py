@@ -265,7 +265,7 @@ def bad_files(folder):
     dicom(folder / 'padding.dcm', np.full((9, 9), 5, np.uint16), PixelPaddingValue=5)
     return {'truncated.png': 'truncated', 'empty.png': 'empty', 'text.png': 'not an image', 'text.dcm': 'not a DICOM',
             'nopixels.dcm': 'no pixel data', 'short.dcm': 'cut short', 'huge.dcm': 'declares 60000x60000',
-            'huge.pgm': 'exceeds limit', 'constant.png': 'constant', 'colour.png': 'colour', 'colour.dcm': 'colour',
+            'huge.pgm': 'more pixels than', 'constant.png': 'constant', 'colour.png': 'colour', 'colour.dcm': 'colour',
             'nan.npy': 'NaN', 'infinite.npy': 'infinite', 'zero.npy': 'shape', 'rgb.npy': 'shape', 'line.npy': 'shape',
             'objects.npy': 'not a .npy file of numbers', 'text.npy': 'not a .npy', 'cut.npy': 'not a .npy',
             'padding.dcm': 'padding', 'negative.dcm': 'declares -2 frames', 'palette.dcm': 'not greys',
@@ -448,7 +448,8 @@ def test_prepare_keeps_the_tree_goes_on_where_it_stopped_and_lists_what_it_canno
     assert mask.prepare(src, dst, side=96, workers=1) == (1, 1, 1)
     assert os.stat(dst / 'a' / 'b' / 'image.npy').st_mtime_ns == kept
     assert not [p for p in dst.rglob('*') if p.suffix == '.part']
-    for wrong, words in [(dict(dst=src / 'prepared'), 'choose a folder outside'), (dict(dst=dst, side=0), '--side 0')]:
+    for wrong, words in [(dict(dst=src / 'prepared'), 'choose a folder outside'), (dict(dst=dst, side=0), '--side 0'),
+                         (dict(dst=dst, workers=0), '--workers 0')]:
         with pytest.raises(ValueError, match=words):
             mask.prepare(src, **wrong)
 

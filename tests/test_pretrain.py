@@ -112,7 +112,9 @@ def test_schedules_follow_dinov2():
 
 @pytest.mark.parametrize('flags, words', [
     (['--prototypes', '1'], 'at least 2'), (['--batch', '30', '--micro_batch', '16'], 'does not divide'),
-    (['--size', '500'], 'must be multiples of --patch 14'), (['--steps', '0'], 'at least 1')])
+    (['--size', '500'], 'must be multiples of --patch 14'), (['--steps', '0', '--patch', '0'], '--steps 0 .*--patch 0'),
+    (['--global_scale', '1', '0.5'], 'must rise'), (['--kernel', '8'], 'must be odd'), (['--locals', '-1'], 'negative'),
+    (['--min_coverage', '2'], 'must lie in 0..1')])
 def test_what_cannot_work_is_refused_at_once(flags, words):
     with pytest.raises(ValueError, match=words):
         pretrain.check(pretrain.parse(Config, flags, DEMO), 1)
@@ -210,8 +212,8 @@ def test_unusable_images_are_replaced_named_and_counted(tmp_path, group, capsys)
     for _ in range(2):
         watch.note(pretrain.collate(samples))
     assert watch.judge() == 2 and capsys.readouterr().err.count('skipped') == 2
-    many = pretrain.Watch(data.cfg, ['x'] * 120, torch.device('cpu'))
-    many.seen[:110], many.seen[:6] = 1, 2
+    many = pretrain.Watch(data.cfg, ['x'] * 120, torch.device('cpu'), left_out=2)
+    many.seen[:108], many.seen[:4] = 1, 2
     with pytest.raises(ValueError, match='6 of 110 files.*--max_bad is 0.05'):
         many.judge()
 
@@ -222,7 +224,7 @@ def test_a_folder_of_nothing_usable_is_refused(tmp_path, group):
         pretrain.index(Config(), tmp_path, 0)
     (tmp_path / 'a.dcm').unlink()
     np.save(tmp_path / 'b.npy', np.zeros((99, 99), np.uint8))
-    with pytest.raises(ValueError, match='not one image of the folder can be used'):
+    with pytest.raises(ValueError, match='1 images in a row cannot be used, the first: .*no breast tissue'):
         slices(tmp_path)[0]
 
 
@@ -322,9 +324,19 @@ def test_another_recipe_or_a_broken_checkpoint_is_not_resumed(demo, tmp_path):
     with pytest.raises(ValueError, match='another recipe: lr .* -> 0.5;'):
         cfg.lr = 0.5
         pretrain.restore(demo[0] / 'last.pt', cfg, {}, None)
+    torch.save({'a': 1}, tmp_path / 'other.pt')
     (tmp_path / 'last.pt').write_bytes(b'half a file')
-    with pytest.raises(ValueError, match='not a checkpoint.*copy a step_N.pt over it'):
-        pretrain.restore(tmp_path / 'last.pt', cfg, {}, None)
+    for name in ('last.pt', 'other.pt'):
+        with pytest.raises(ValueError, match='not a checkpoint.*copy a step_N.pt over it'):
+            pretrain.restore(tmp_path / name, cfg, {}, None)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_litter(tmp_path):
+    pretrain.save(tmp_path / 'last.pt', {'a': 1})
+    os.symlink('/dev/full', tmp_path / 'last.pt.part')
+    with pytest.raises(OSError, match='last.pt cannot be written.*free some disk space'):
+        pretrain.save(tmp_path / 'last.pt', {'a': torch.zeros(10_000)})
+    assert torch.load(tmp_path / 'last.pt') == {'a': 1} and os.listdir(tmp_path) == ['last.pt']
 
 
 def test_two_ranks_resume_as_they_ran(tmp_path):
