@@ -610,7 +610,8 @@ def prepare(src, dst, side=1024, workers=None):
     """Once per data set: read -> CLAHE -> shrink -> DST/<same relative path>.npy, volumes stay volumes (K, h, w).
 
     The shorter side becomes at most `side` pixels. Finished files are skipped, whatever their side, so a stopped run
-    goes on; each file is written beside its place and moved there whole. Unreadable files are listed in DST/rejected.csv with the reason.
+    goes on; each file is written beside its place and moved there whole. Unreadable files are listed in
+    DST/rejected.csv with the reason.
     Returns (written, skipped, rejected).
     """
     src, dst = Path(src), Path(dst)
@@ -690,7 +691,8 @@ def _main(arguments):
         parser = argparse.ArgumentParser(usage=usage)
         parser.add_argument('src', help='folder of images')
         parser.add_argument('dst', help='folder of .npy to write')
-        parser.add_argument('--side', type=int, default=1024, help='pixels of the shorter side at most; files that are there already keep theirs')
+        parser.add_argument('--side', type=int, default=1024,
+                            help='pixels of the shorter side at most; files that are there already keep theirs')
         parser.add_argument('--workers', type=int, help='processes (default: all cores)')
         written, skipped, rejected = prepare(**vars(parser.parse_args(arguments[1:])))
         print(f'{written} written, {skipped} were there, {rejected} rejected (named in DST/rejected.csv)')

@@ -167,8 +167,8 @@ def setup():
 def check(cfg, ranks):
     """What cannot work is refused before anything is read. -> micro-batches per step."""
     wrong = [f'--{name} {getattr(cfg, name)} must be above 0' for name in (
-        'steps', 'batch', 'micro_batch', 'save_every', 'log_every', 'size', 'local_size', 'patch', 'width', 'depth', 'heads',
-        'hidden', 'bottleneck', 'kernel', 'mask_min', 'mask_eps', 'd_max', 'student_temp', 'teacher_temp',
+        'steps', 'batch', 'micro_batch', 'save_every', 'log_every', 'size', 'local_size', 'patch', 'width', 'depth',
+        'heads', 'hidden', 'bottleneck', 'kernel', 'mask_min', 'mask_eps', 'd_max', 'student_temp', 'teacher_temp',
         'teacher_temp_start') if getattr(cfg, name) <= 0]
     wrong += [f'--{name} {getattr(cfg, name)} must not be negative' for name in (
         'seed', 'workers', 'keep_every', 'warmup', 'registers', 'locals', 'teacher_temp_steps', 'image_weight',
@@ -813,7 +813,7 @@ def captioned(picture, names):
 if __name__ == '__main__':
     try:
         main(parse(Config, sys.argv[1:], DEMO))
-    except (ValueError, OSError) as problem:                # from a data worker it comes with its traceback, reason last
+    except (ValueError, OSError) as problem:                # a data worker sends its traceback along, the reason last
         sys.exit(f"pretrain.py: {str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')}")
     except RuntimeError as problem:
         if 'DataLoader worker' not in str(problem):

@@ -39,6 +39,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, patch)
 
     def forward(self, x):
+        """(B, C, H, W) -> (B, N, D). ValueError unless H and W are multiples of the patch."""
         B, C, H, W = x.shape
         p = self.proj.kernel_size[0]
         if H % p or W % p:
@@ -312,8 +313,8 @@ def _load_grey(path):
     grey = np.load(path, allow_pickle=False) if path.endswith('.npy') else np.array(Image.open(path))
     grey = grey[len(grey) // 2] if grey.ndim == 3 else grey
     if grey.ndim != 2 or grey.dtype != np.uint8:
-        raise ValueError(f'{path}: {grey.dtype} of shape {grey.shape}; expected 8-bit grey, as `python mask.py prepare` '
-                         'writes it')
+        raise ValueError(f'{path}: {grey.dtype} of shape {grey.shape}; expected 8-bit grey, as '
+                         '`python mask.py prepare` writes it')
     return grey
 
 
