@@ -220,7 +220,7 @@ class Slices(Dataset):
     def __getitem__(self, i):
         epoch, place = divmod(i, len(self))
         index, bad = shuffled(place, len(self), (self.cfg.seed, epoch)), []
-        for _ in range(min(len(self), 100)):
+        while len(bad) < len(self) and len({file for file, _ in bad}) < 100:            # a volume may fail in every slice
             file = int(np.searchsorted(self.ends, index, side='right'))
             rng = np.random.default_rng([self.cfg.seed, epoch, index])
             frame = int(rng.integers(self.counts[file])) if self.cfg.volume_items \
@@ -230,7 +230,7 @@ class Slices(Dataset):
             except (ValueError, OSError) as error:
                 bad.append((file, str(error)))
                 index = (index + 1) % len(self)
-        raise ValueError(f'{len(bad)} images in a row cannot be used, the first: {bad[0][1]}')
+        raise ValueError(f'{len({file for file, _ in bad})} files in a row cannot be used, the first: {bad[0][1]}')
 
     def load(self, file, frame):
         """Prepared .npy have their CLAHE behind them; every other file gets it here (paper 3.1)."""

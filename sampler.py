@@ -276,9 +276,8 @@ def contact_sheet(rng, image, tissue, size=224, local_size=112, patch=14, rho=0.
         boxes = [tuple(box) for box in sample['boxes']]
         panels = [(_windows(image, boxes, size), f'{title}: 2 global, 6 local windows')]
         for v in range(2):
-            h, w = sample['grids'][v].shape
             grid = sample['grids'][v]
-            mask = patch_mask(rng, grid if law is tissue else np.ones((h, w)), round(ratio * h * w), rho)
+            mask = patch_mask(rng, grid if law is tissue else np.ones_like(grid), round(ratio * grid.size), rho)
             on = grid[mask].mean()
             panels.append((_masked(sample['globals'][v], mask, patch),
                            f'global, tissue {coverage(tissue, boxes[v]):.0%}; under masks {on:.0%}'))

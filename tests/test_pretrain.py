@@ -218,13 +218,21 @@ def test_unusable_images_are_replaced_named_and_counted(tmp_path, group, capsys)
         many.judge()
 
 
+def test_a_long_volume_without_a_usable_slice_does_not_end_the_run(tmp_path):
+    np.save(tmp_path / '0.npy', np.zeros((130, 60, 60), np.uint8))
+    np.save(tmp_path / '1.npy', mask.phantom(np.random.default_rng(0)).volume[0])
+    data = slices(tmp_path)
+    samples = [data[i] for i in range(0, len(data), 40)]
+    assert {s['file'] for s in samples} == {1} and {file for s in samples for file, _ in s['bad']} == {0}
+
+
 def test_a_folder_of_nothing_usable_is_refused(tmp_path, group):
     (tmp_path / 'a.dcm').write_text('no')
     with pytest.raises(ValueError, match='1 of 1 files cannot be read.*not a DICOM file'):
         pretrain.index(Config(), tmp_path, 0)
     (tmp_path / 'a.dcm').unlink()
     np.save(tmp_path / 'b.npy', np.zeros((99, 99), np.uint8))
-    with pytest.raises(ValueError, match='1 images in a row cannot be used, the first: .*no breast tissue'):
+    with pytest.raises(ValueError, match='1 files in a row cannot be used, the first: .*no breast tissue'):
         slices(tmp_path)[0]
 
 
