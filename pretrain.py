@@ -220,7 +220,7 @@ class Slices(Dataset):
     def __getitem__(self, i):
         epoch, place = divmod(i, len(self))
         index, bad = shuffled(place, len(self), (self.cfg.seed, epoch)), []
-        while len(bad) < len(self) and len({file for file, _ in bad}) < 100:            # a volume may fail in every slice
+        while len(bad) < len(self) and len({file for file, _ in bad}) < 100:            # not slices: volumes are long
             file = int(np.searchsorted(self.ends, index, side='right'))
             rng = np.random.default_rng([self.cfg.seed, epoch, index])
             frame = int(rng.integers(self.counts[file])) if self.cfg.volume_items \
@@ -811,16 +811,19 @@ def captioned(picture, names):
 
 
 if __name__ == '__main__':
+    wrong = None
     try:
         main(parse(Config, sys.argv[1:], DEMO))
     except (ValueError, OSError) as problem:                # a data worker sends its traceback along, the reason last
-        sys.exit(f"pretrain.py: {str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')}")
+        wrong = str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')
     except RuntimeError as problem:
         if 'DataLoader worker' not in str(problem):
             raise
-        sys.exit('pretrain.py: a data worker died, probably out of memory; lower --workers, then --resume')
+        wrong = 'a data worker died, probably out of memory; lower --workers, then --resume'
     except KeyboardInterrupt:
-        sys.exit('pretrain.py: stopped; --resume goes on from the last checkpoint')
-    finally:
-        if dist.is_initialized() and dist.get_world_size() == 1:
-            dist.destroy_process_group()
+        wrong = 'stopped; --resume goes on from the last checkpoint'
+    if wrong:
+        print(f'pretrain.py: {wrong}', file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(bool(wrong))                                   # an interpreter that winds down gloo's threads may abort
