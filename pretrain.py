@@ -133,9 +133,9 @@ DEMO = dict(out='runs/demo', workers=0, save_every=10_000, steps=330, batch=16, 
             teacher_temp=0.04, teacher_temp_steps=0, momentum=0.96)
 
 
-def parse(config, argv, demo=None):
-    """Flags -> config. `demo` replaces the defaults where no --data is given."""
-    parser = argparse.ArgumentParser(usage=f'{Path(sys.argv[0]).name} [--data DIR] [options]; --help lists them',
+def parse(config, argv, demo=None, source='data'):
+    """Flags -> config. `demo` replaces the defaults where the flag `source`, which names the data, is not given."""
+    parser = argparse.ArgumentParser(usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(config):
         text = f"{f.metadata['help']} [{f.metadata['source']}] (default: {f.default})"
@@ -143,10 +143,10 @@ def parse(config, argv, demo=None):
         if kind is bool:
             parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
         else:
-            many = len(f.default) if isinstance(f.default, tuple) else None
+            many = '+' if '...' in str(f.type) else len(f.default) if isinstance(f.default, tuple) else None
             parser.add_argument(f'--{f.name}', type=kind, nargs=many, help=text)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    return config(**({} if 'data' in given else demo or {}) | given)
+    return config(**({} if source in given else demo or {}) | given)
 
 
 def setup():
@@ -471,7 +471,7 @@ def save(path, state):
         torch.save(state, part)
     except (OSError, RuntimeError) as problem:
         part.unlink(missing_ok=True)
-        raise OSError(f'{path} cannot be written ({problem}); free some disk space, then --resume') from problem
+        raise OSError(f'{path} cannot be written ({problem}); free some disk space and start again') from problem
     os.replace(part, path)
 
 
@@ -705,22 +705,30 @@ def prepared(example):
 
 
 def knn(similarity, labels, k=10, temp=0.07):
-    """Weighted k-nearest-neighbour vote (DINO): similarity (n, m), labels (m,) -> predicted labels (n,). A square
-    similarity with -inf on the diagonal leaves one out."""
+    """Weighted k-nearest-neighbour vote (DINO): similarity (n, m), labels (m,) from 0 up -> each class's share of the
+    vote (n, C). A square similarity with -inf on the diagonal leaves one out."""
     near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]                           # (n, k)
     weight = np.exp((np.take_along_axis(similarity, near, 1) - similarity.max(1, keepdims=True)) / temp)
     votes = np.stack([(weight * (labels[near] == c)).sum(1) for c in range(labels.max() + 1)], axis=1)
-    return votes.argmax(1)
+    return votes / votes.sum(1, keepdims=True)
+
+
+def resample(metric, arrays, groups, rng, n=1000):
+    """metric(*arrays) on n bootstrap draws (n,): groups (patients, phantoms) are drawn with replacement, their rows
+    stay together. NaN where the metric is not defined on a draw."""
+    _, group = np.unique(groups, return_inverse=True)
+    rows = np.split(np.argsort(group, kind='stable'), np.cumsum(np.bincount(group))[:-1])
+    values = np.empty(n)
+    for i in range(n):
+        drawn = np.concatenate([rows[g] for g in rng.integers(len(rows), size=len(rows))])
+        values[i] = metric(*(a[drawn] for a in arrays))
+    return values
 
 
 def bootstrap(metric, arrays, groups, rng, n=1000):
-    """95 % percentile interval of metric(*arrays), resampling groups (patients, phantoms) with replacement."""
-    rows = [np.flatnonzero(groups == g) for g in np.unique(groups)]
-    values = []
-    for _ in range(n):
-        drawn = np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
-        values.append(metric(*(a[drawn] for a in arrays)))
-    return tuple(np.percentile(values, [2.5, 97.5]))
+    """95 % percentile interval (low, high) of metric(*arrays) over patients; draws where it is NaN are left out."""
+    values = resample(metric, arrays, groups, rng, n)
+    return tuple(np.percentile(values[~np.isnan(values)], [2.5, 97.5])) if not np.isnan(values).all() else (np.nan,) * 2
 
 
 @torch.no_grad()
@@ -742,7 +750,7 @@ def report(cfg, teacher, device):
     sides = {'random init': networks(cfg, device)[1], 'trained teacher': teacher}
 
     def hits(similarity):
-        return (knn(similarity + np.diag(np.full(n, -np.inf)), density) == density).astype(float)
+        return (knn(similarity + np.diag(np.full(n, -np.inf)), density).argmax(1) == density).astype(float)
 
     greys = [image[p.tissue] for image, p in zip(images, unseen)]
     features = {'mean grey': [[g.mean()] for g in greys],

@@ -95,7 +95,7 @@ def knn(labels, checkpoint, label, group):
     for name, network in (('random init', random), ('trained teacher', trained)):
         x = pretrain.cls_tokens(network, images, device).numpy()
         similarity = np.where(groups[:, None] == groups[None], -np.inf, x @ x.T)
-        hits[name] = (pretrain.knn(similarity, y) == y).astype(float)
+        hits[name] = (pretrain.knn(similarity, y).argmax(1) == y).astype(float)
         print(f'{name:16s} {label} {hits[name].mean():.3f}')
     gain = hits['trained teacher'] - hits['random init']
     low, high = pretrain.bootstrap(np.mean, [gain], groups, np.random.default_rng(0))
