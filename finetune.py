@@ -94,6 +94,7 @@ class Config:
     standardize: bool = option(True, 'ours', 'frozen features to mean 0 and deviation 1 over the training units')
     balance: bool = option(True, 'dbt-dino 4.4', 'every class weighs the same in the loss')
     neighbours: int = option(10, 'ours', 'k of knn')
+    phantoms: int = option(700, 'ours', 'demo: breasts, of which 45 % train, 15 % choose and 40 % test')
 
 
 TASKS = ('cancer', 'lesion', 'lesion_type', 'birads', 'density', 'risk')
@@ -161,7 +162,7 @@ def resolved(cfg, ranks=1):
         'draws', 'chunk', 'batch', 'micro_batch', 'lr', 'layer_decay', 'clip', 'hidden', 'neighbours')
         if getattr(cfg, name) <= 0]
     wrong += [f'--{name} {getattr(cfg, name)} must not be negative' for name in (
-        'seed', 'size', 'slices', 'workers', 'max_bad', 'epochs', 'search', 'wd') if getattr(cfg, name) < 0]
+        'seed', 'size', 'slices', 'workers', 'max_bad', 'epochs', 'search', 'wd', 'phantoms') if getattr(cfg, name) < 0]
     wrong += [f'--fraction {share} must lie above 0 and at most at 1' for share in cfg.fraction if not 0 < share <= 1]
     if not freeze and (cfg.batch % ranks or cfg.batch // ranks < 1):
         wrong.append(f'--batch {cfg.batch} does not divide among {ranks} ranks')
@@ -309,14 +310,12 @@ YEARS = 5
 
 
 def follow_up(years_to_cancer, years_followup, years=YEARS):
-    """One exam -> y (T,), mask (T,), or None where nothing was observed. Whole years after the exam; cancer in year
-    index c < T gives y = 1 from c on and is observed up to c, no cancer is observed for `years_followup` years."""
-    cancer = years_to_cancer < years
-    last = int(years_to_cancer) + 1 if cancer else int(min(years_followup, years))
-    if last < 1:
-        return None
-    year = np.arange(years)
-    return (year >= years_to_cancer if cancer else year < 0).astype(int), (year < last).astype(int)
+    """One exam -> y (T,), mask (T,), or None where nothing was observed or cancer came before. Years after the exam:
+    cancer in year c < T, from 0, gives y = 1 from c on and is observed up to c; no cancer, `years_followup` years."""
+    cancer, year = years_to_cancer < years, np.arange(years)
+    first = math.floor(years_to_cancer) if cancer else years
+    last = first + 1 if cancer else math.floor(min(years_followup, years))
+    return ((year >= first).astype(int), (year < last).astype(int)) if last > 0 and first >= 0 else None
 
 
 def cumulative(x, W, b):
@@ -496,7 +495,7 @@ def vindr(cfg):
                     lesion_type=largest[r['image_id']][1])[cfg.task] or None
 
     rows = [Row(f"{cfg.root}/images/{r['study_id']}/{r['image_id']}.dicom", label(r), r['study_id'], r['study_id'],
-                r['laterality'], r['view_position'], r['split'], record=r) for r in records]
+                r['laterality'], r['view_position'], r['split'].removesuffix('ing'), record=r) for r in records]
     return dict(birads=tuple('12345'), density=tuple('ABCD'), lesion_type=_found(rows)).get(cfg.task, ('0', '1')), rows
 
 
@@ -1284,14 +1283,18 @@ def run(cfg, device):
     rows, classes, notes = load(cfg)
     units = units_of(cfg, rows, notes)
     parts = {split: [unit for unit in units if unit.split == split] for split in ('train', 'val', 'test')}
+    if (out / 'metrics.json').exists() and not cfg.out.startswith(DEMO['out']):
+        raise ValueError(f'{out} holds a run; choose another --out')
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         introduce(cfg, parts, classes, notes)
     results, saved = {}, None
     for name, make in encoders(cfg).items():
+        encoder, stats = make().to(device), None
+        if cfg.freeze:
+            stats = features(cfg, encoder, rows, device, {i for unit in units for i, _ in unit.rows})
         for share in cfg.fraction:
-            encoder = make().to(device)
-            stats = features(cfg, encoder, rows, device, range(len(rows))) if cfg.freeze else None
+            encoder = encoder if cfg.freeze else make().to(device)
             head, tried = trained(cfg, encoder, rows, stats, classes, share_of(parts['train'], share, cfg.seed),
                                   parts['val'], device)
             p, p_val = (predicted(cfg, encoder, head, rows, stats, parts[part], device) for part in ('test', 'val'))
@@ -1681,8 +1684,8 @@ def demo(cfg, device):
               'Give a data set with --root DIR.', flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         lines = ['path,patient,split,density,cancer']
-        for i in range(700):
-            split = 'train' if i < 320 else 'val' if i < 420 else 'test'
+        for i in range(cfg.phantoms):
+            split = 'train' if i < 0.45 * cfg.phantoms else 'val' if i < 0.6 * cfg.phantoms else 'test'
             phantom = mask.phantom(np.random.default_rng([cfg.seed, i, 0, 4]))          # pretrain.py draws 1, 2, 3
             np.save(folder / f'{i:04d}.npy', mask.clahe(mask.to_uint8(phantom.volume[0])))
             lines.append(f"{i:04d}.npy,{i:04d},{split},{'abcd'[phantom.density]},{phantom.cancer}")
