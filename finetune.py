@@ -45,7 +45,7 @@ import mask
 import vit
 
 
-# ---- configuration ------------------------------------------------------------------------------------------------
+# ---- configuration --------------------------------------------------------------------------------------------------
 
 def option(default, source, text):
     return field(default=default, metadata=dict(source=source, help=text))
@@ -62,12 +62,12 @@ class Config:
     encoder: str = option('runs/demo/last.pt', 'ours', 'a checkpoint of ours or the official DINOv2 file')
     dinov2: str | None = option(None, 'paper 3.3', 'the official DINOv2 file, for a row of its own')
     head: str = option('linear', 'ours', 'mlp (MammoDINO), linear, hazard (DBT-DINO) or knn')
-    pool: str | None = option(None, 'dbt-dino 3.1', 'cls_mean, cls_mean_std, patch_mean or patch_mean_std, over slices; '
-                                                    'by head')
+    pool: str | None = option(None, 'dbt-dino 3.1', 'cls_mean, cls_mean_std, patch_mean or patch_mean_std, over '
+                                                    'slices; by head')
     level: str | None = option(None, 'ours', 'image, breast or exam; by data set and task')
     freeze: bool | None = option(None, 'dbt-dino 6.2', 'train the head alone, on cached features; not for mlp')
-    cancer_rule: str | None = option(None, 'ours', 'vindr: birads5 or birads45 counts as cancer; cmmd: unlisted, breasts '
-                                                   'without a row are negatives')
+    cancer_rule: str | None = option(None, 'ours', 'vindr: birads5 or birads45 counts as cancer; cmmd: unlisted, '
+                                                   'breasts without a row are negatives')
     classes: tuple[str, ...] = option((), 'ours', 'csv: the labels in their order')
     subgroup: str | None = option(None, 'dbt-dino 3.3', 'a table by this column of the label file, such as age')
     fraction: tuple[float, ...] = option((1.0,), 'dbt-dino 3.2', 'shares of the training patients, a result for each')
@@ -164,8 +164,10 @@ def resolved(cfg, ranks=1):
     wrong += [f'--{name} {getattr(cfg, name)} must not be negative' for name in (
         'seed', 'size', 'slices', 'workers', 'max_bad', 'epochs', 'search', 'wd', 'phantoms') if getattr(cfg, name) < 0]
     wrong += [f'--fraction {share} must lie above 0 and at most at 1' for share in cfg.fraction if not 0 < share <= 1]
-    if not freeze and (cfg.batch % ranks or cfg.batch // ranks < 1):
+    if not freeze and cfg.batch % ranks:
         wrong.append(f'--batch {cfg.batch} does not divide among {ranks} ranks')
+    if not freeze and cfg.search:
+        wrong.append('--search tries heads on frozen features; when finetuning, run each --lr by itself')
     if wrong:
         raise ValueError('; '.join(wrong))
     return cfg
@@ -194,20 +196,23 @@ def _placements(y, s):
 def _delong(y, scores):
     """AUCs (k,) of k models and their covariance (k, k)."""
     positives, negatives = (np.stack(part) for part in zip(*(_placements(y, s) for s in scores)))
+    if min(positives.shape[1], negatives.shape[1]) < 2:     # a single case has no variance
+        return positives.mean(1), np.full((len(scores),) * 2, math.nan)
     covariance = np.cov(positives) / positives.shape[1] + np.cov(negatives) / negatives.shape[1]
     return positives.mean(1), np.atleast_2d(covariance)
 
 
 def delong(y, s1, s2):
     """DeLong's test of two models on the same cases -> (auc1, auc2, p), two-sided. It takes cases as independent;
-    where a patient has several, trust the bootstrap by patient. Equal scores give p = 1, one-class data NaN."""
+    where a patient has several, trust the bootstrap by patient. Equal scores give p = 1; NaN with fewer than two
+    cases of a class."""
     a1, a2 = auc(y, s1), auc(y, s2)
     if math.isnan(a1):
         return a1, a2, math.nan
     covariance = _delong(y, (s1, s2))[1]
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
-    if not variance > 1e-18:                                # equal scores, or both perfect; NaN with a single positive
-        return a1, a2, 1.0 if a1 == a2 else 0.0 if variance == variance else math.nan
+    if variance < 1e-18:                                    # equal scores, or both perfect
+        return a1, a2, float(a1 == a2)
     return a1, a2, float(2 * stats.norm.sf(abs(a1 - a2) / math.sqrt(variance)))
 
 
@@ -268,13 +273,17 @@ def benjamini_hochberg(p):
     return np.minimum(adjusted, 1)[np.argsort(order)]
 
 
-def yearly_auc(y, mask, p, years=None):
-    """AUROC of each year, or of `years`, under censoring. y, mask, p (n, T). Positives of year t: cancer by t and
-    observed at t, which is cancer in year t, since follow-up ends with it. Negatives: no cancer in all T years,
-    observed at t (DBT-DINO's code)."""
-    y, mask, p = np.asarray(y) > 0, np.asarray(mask) > 0, np.asarray(p)
-    use = mask & (y | ~y.any(1, keepdims=True))
-    return np.array([auc(y[use[:, t], t], p[use[:, t], t]) for t in (range(y.shape[1]) if years is None else years)])
+def in_year(y, mask):
+    """Who takes part in the AUROC of each year, bool (n, T), as in DBT-DINO's code: the cancers observed at t, which
+    are those of year t since follow-up ends with them, and of those without cancer in all T years the observed."""
+    y = np.asarray(y) > 0
+    return (np.asarray(mask) > 0) & (y | ~y.any(1, keepdims=True))
+
+
+def yearly_auc(y, mask, p):
+    """AUROC of each year (T,) under censoring: y 0 or 1 (cancer by then), mask 1 where observed, p, all (n, T)."""
+    y, p, use = np.asarray(y) > 0, np.asarray(p), in_year(y, mask)
+    return np.array([auc(y[use[:, t], t], p[use[:, t], t]) for t in range(y.shape[1])])
 
 
 def resample(metric, arrays, groups, rng, n=1000):
@@ -348,7 +357,7 @@ def hazard_loss(H, y, mask, weight=None):
 class Row:
     """One file, or one frame of it, with its label. An official `split` is kept; '' lets `assign` choose."""
     path: str
-    label: str | tuple | None                               # the name of a class; risk: (y, mask); None is unlabelled
+    label: str | np.ndarray | None                          # a class; risk: (T,), 1 cancer by then, 0 none, -1 unseen
     patient: str
     exam: str
     laterality: str = ''                                    # L or R
@@ -477,7 +486,8 @@ def vindr(cfg):
     records = table(Path(cfg.root) / 'breast-level_annotations.csv', 'study_id', 'image_id', 'laterality',
                     'view_position', 'breast_birads', 'breast_density', 'split')
     if cfg.task == 'cancer' and cfg.cancer_rule not in ('birads5', 'birads45'):
-        raise ValueError('VinDr has no cancer label; choose a rule: --cancer_rule birads5 (226 images) or birads45 (988)')
+        raise ValueError('VinDr has no cancer label; choose a rule: --cancer_rule birads5 (226 images) or '
+                         'birads45 (988)')
     largest = defaultdict(lambda: (0.0, None))              # image -> area and category of its largest box
     if cfg.task in ('lesion', 'lesion_type'):
         for f in table(Path(cfg.root) / 'finding_annotations.csv', 'image_id', 'finding_categories', 'xmin', 'ymin',
@@ -490,9 +500,9 @@ def vindr(cfg):
 
     def label(r):
         grade = r['breast_birads'].removeprefix('BI-RADS ')
-        return dict(birads=grade, density=r['breast_density'].removeprefix('DENSITY '), cancer=str(int(grade in positive)),
-                    lesion=str(int(largest[r['image_id']][1] is not None)),
-                    lesion_type=largest[r['image_id']][1])[cfg.task] or None
+        finding = largest[r['image_id']][1]
+        return dict(birads=grade, density=r['breast_density'].removeprefix('DENSITY '), lesion_type=finding,
+                    cancer=str(int(grade in positive)), lesion=str(int(finding is not None)))[cfg.task] or None
 
     rows = [Row(f"{cfg.root}/images/{r['study_id']}/{r['image_id']}.dicom", label(r), r['study_id'], r['study_id'],
                 r['laterality'], r['view_position'], r['split'].removesuffix('ing'), record=r) for r in records]
@@ -554,10 +564,11 @@ def cmmd(cfg):
         if patient is None or Path(path).suffix.lower() == '.npy':
             continue
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=['ImageLaterality', 'ViewCodeSequence'])
+            header = pydicom.dcmread(path, stop_before_pixels=True,
+                                     specific_tags=['ImageLaterality', 'ViewCodeSequence'])
             side, meaning = header.ImageLaterality, header.ViewCodeSequence[0].CodeMeaning
         except Exception as problem:
-            tqdm.write(f'skipped: {path}: laterality and view cannot be read ({type(problem).__name__})', file=sys.stderr)
+            tqdm.write(f'skipped: {path}: no laterality and view ({type(problem).__name__})', file=sys.stderr)
             continue
         r = listed.get((patient, side))
         label = dict(cancer=r and str(int(r['classification'] == 'Malignant')), lesion=str(int(r is not None)),
@@ -577,8 +588,8 @@ def cesm(cfg):
     authors' script writes ({training,testing}_set_pathology.csv) is used where it lies beside; it mixes patients."""
     root, name, verdict = Path(cfg.root), 'Image_name', 'Pathology Classification/ Follow up'
     files = {Path(path).stem.strip(): path for path in _images(cfg)}
-    split = {r[name]: part for part, file in (('train', 'training_set_pathology.csv'), ('test', 'testing_set_pathology.csv'))
-             if (root / file).exists() for r in table(root / file, name)}
+    split = {r[name]: part for part in ('train', 'test') if (root / f'{part}ing_set_pathology.csv').exists()
+             for r in table(root / f'{part}ing_set_pathology.csv', name)}
     images = defaultdict(list)
     for r in table(root / 'Radiology manual annotations.xlsx:all', name, 'Patient_ID', 'Side', 'Type', 'View', 'BIRADS',
                    'Breast density (ACR)', verdict):
@@ -635,7 +646,8 @@ def manifest(cfg):
         if cfg.task != 'risk':
             return r[column].lower() if cfg.task == 'density' and not cfg.classes else r[column] or None
         try:
-            return follow_up(float(r['years_to_cancer'] or math.inf), float(r['years_followup'] or 0))
+            seen = follow_up(float(r['years_to_cancer'] or math.inf), float(r['years_followup'] or 0))
+            return seen and np.where(seen[1], seen[0], -1)
         except ValueError:
             raise ValueError(f"{path}, line {number}: years_to_cancer {r['years_to_cancer']!r}, years_followup "
                              f"{r['years_followup']!r}: expected numbers") from None
@@ -657,7 +669,7 @@ def manifest(cfg):
 DATASETS = dict(rsna=rsna, vindr=vindr, ddsm=ddsm, cmmd=cmmd, cesm=cesm, mias=mias, csv=manifest)
 
 
-# ---- rows -> splits -> units ------------------------------------------------------------------------------------------
+# ---- rows -> splits -> units ----------------------------------------------------------------------------------------
 
 def load(cfg):
     """Rows of the data set with labels as numbers, files that exist and a split each. -> rows, classes, notes: what
@@ -691,7 +703,7 @@ def _by_label(rows, seed):
     """Patients -> lists of them, one list for each highest label, in an order that only the seed changes."""
     worst = defaultdict(int)
     for row in rows:
-        worst[row.patient] = max(worst[row.patient], row.label if isinstance(row.label, int) else int(row.label[0].any()))
+        worst[row.patient] = max(worst[row.patient], int(np.max(row.label)))
     groups = defaultdict(list)
     for patient in sorted(worst, key=lambda name: hashlib.sha256(f'{seed} {name}'.encode()).digest()):
         groups[worst[patient]].append(patient)
@@ -700,7 +712,7 @@ def _by_label(rows, seed):
 
 def assign(cfg, rows, notes):
     """Every row's split. Official training and test sets stay; a patient in both keeps only the test rows. Without a
-    test set a fifth of the patients of each label becomes one, without a validation set a fifth of those who are left."""
+    test set a fifth of the patients of each label becomes one, without a validation set a fifth of the others."""
     names = {row.split for row in rows}
     if names - {'train', 'val', 'test'} and names != {''}:
         raise ValueError(f"splits {', '.join(sorted(map(repr, names)))}: expected train, val and test, or none at all")
@@ -708,26 +720,25 @@ def assign(cfg, rows, notes):
     for row in rows:
         of[row.patient].add(row.split)
     leaks = sorted(patient for patient, splits in of.items() if len(splits) > 1)
+    if leaks and cfg.dataset == 'csv':
+        raise ValueError(f"{len(leaks)} patients are in two splits, the first: {leaks[0]} in "
+                         f"{' and '.join(sorted(of[leaks[0]]))}")
     if leaks:
-        if cfg.dataset == 'csv':
-            raise ValueError(f"{len(leaks)} patients are in two splits, the first: {leaks[0]} in {' and '.join(sorted(of[leaks[0]]))}")
         kept = [row for row in rows if row.split == 'test' or row.patient not in leaks]
-        notes.append(f"{len(leaks)} patients are in training and test of the official split; their {len(rows) - len(kept)} "
-                     f"training images are dropped: {', '.join(leaks[:10])}{' …' if len(leaks) > 10 else ''}")
+        notes.append(f'{len(leaks)} patients are in training and test of the official split; their '
+                     f"{len(rows) - len(kept)} training images are dropped: {', '.join(leaks)}")
         rows = kept
-    for split, free, share in (('test', '', 0.2), ('val', 'train', 0.2)):
+    for split, free in (('test', ''), ('val', 'train')):
         if not any(row.split == split for row in rows):
             pool = [row for row in rows if row.split == free]
-            taken = {p for group in _by_label(pool, cfg.seed) for p in group[:round(share * len(group))]}
+            taken = {p for group in _by_label(pool, cfg.seed) for p in group[:round(0.2 * len(group))]}
             for row in pool:
                 row.split = split if row.patient in taken else 'train'
     for split in ('train', 'val', 'test'):
-        labels = [row.label for row in rows if row.split == split]
-        if not labels:
-            raise ValueError(f'the {split} split is empty')
-        if isinstance(labels[0], int) and len(set(labels)) == 1 or not isinstance(labels[0], int) and \
-                len({bool(y.any()) for y, _ in labels}) == 1:
-            raise ValueError(f'the {split} split holds one class only, {len(labels)} images of it; nothing to tell apart')
+        found = {int(np.max(row.label)) for row in rows if row.split == split}
+        if len(found) < 2:
+            raise ValueError(f'the {split} split holds one class only, so there is nothing to tell apart' if found else
+                             f'the {split} split is empty')
     return rows
 
 
@@ -763,15 +774,15 @@ def units_of(cfg, rows, notes):
         labels, row = [rows[i].label for i, _ in members], rows[members[0][0]]
         if cfg.task == 'lesion_type' and len(set(labels)) > 1:
             mixed += 1
-            continue
-        target = max(labels) if cfg.task != 'risk' else np.where(labels[0][1] > 0, labels[0][0], -1)
-        units.append(Unit(name, row.patient, row.split, target, members, row.record))
+        else:
+            units.append(Unit(name, row.patient, row.split, max(labels, key=np.max), members, row.record))
     if mixed:
         notes.append(f'{mixed} {cfg.level}s hold lesions of several types and take no part')
     lacking = Counter(slots[v] for unit in units for v in set(range(len(slots))) - {slot for _, slot in unit.rows})
     if lacking:
-        notes.append(f"missing views ({', '.join(f'{view} {n}' for view, n in lacking.items())}) are replaced by the mean "
-                     f'of the others of their {cfg.level}; metrics.json names them')
+        counted = ', '.join(f'{view} {n}' for view, n in lacking.items())
+        notes.append(f'missing views ({counted}) are replaced by the mean of the others of their {cfg.level}; '
+                     'metrics.json names them')
     return units
 
 
@@ -786,17 +797,16 @@ def share_of(units, share, seed):
     """A share of the training units, by patient and label; smaller shares lie in larger ones."""
     if share == 1:
         return units
-    rows = [Row('', unit.target if isinstance(unit.target, int) else (unit.target > 0,), unit.patient, '')
-            for unit in units]
+    rows = [Row('', unit.target, unit.patient, '') for unit in units]
     kept = {p for group in _by_label(rows, seed) for p in group[:math.ceil(share * len(group))]}
     return [unit for unit in units if unit.patient in kept]
 
 
-# ---- files -> features ------------------------------------------------------------------------------------------------
+# ---- files -> features ----------------------------------------------------------------------------------------------
 
 class Images:
-    """Row i -> its images uint8 (n, S, S), squashed to the encoder's square (DBT-DINO 6.2.1), and None; or no image
-    and the reason. `flip`: a seed, which mirrors half of the rows."""
+    """Row i -> i, its images uint8 (n, S, S), squashed to the encoder's square (DBT-DINO 6.2.1), and None; or no image
+    and the reason why the file cannot be read."""
 
     def __init__(self, cfg, rows, size):
         self.cfg, self.rows, self.size = cfg, rows, size
@@ -807,13 +817,15 @@ class Images:
     def __getitem__(self, i):
         row = self.rows[i]
         try:
-            count = mask.frames(row.path) if row.frame is None else 1
-            taken = np.arange(count) if row.frame is None else [row.frame]
-            if row.frame is None and 0 < self.cfg.slices < count:                       # the middles of equal parts
-                taken = ((np.arange(self.cfg.slices) + 0.5) * count / self.cfg.slices).astype(int)
-            return i, np.stack([self.squashed(row.path, int(k)) for k in taken]), None
+            frames = [row.frame] if row.frame is not None else self.spaced(mask.frames(row.path))
+            return i, np.stack([self.squashed(row.path, frame) for frame in frames]), None
         except (ValueError, OSError) as problem:
             return i, np.zeros((0, self.size, self.size), np.uint8), str(problem)
+
+    def spaced(self, count):
+        """All slices, or the middles of `slices` equal parts of the volume."""
+        wanted = min(self.cfg.slices or count, count)
+        return [int((k + 0.5) * count / wanted) for k in range(wanted)]
 
     def squashed(self, path, frame):
         """Prepared .npy have their CLAHE behind them; every other file gets it here (MammoDINO 3.1)."""
@@ -823,6 +835,7 @@ class Images:
 
 
 def as_is(items):
+    """Items of a batch, uncollated: they differ in their number of images."""
     return items
 
 
@@ -862,14 +875,27 @@ def half(cfg, device):
 
 
 @torch.no_grad()
+def encode(cfg, encoder, stacks, device):
+    """The images of R rows, each uint8 (n, S, S), `chunk` at a time through the encoder -> statistics (R, 4, D)."""
+    counts = torch.tensor([len(images) for images in stacks], device=device)
+    owner = torch.arange(len(stacks), device=device).repeat_interleave(counts)          # (sum of n,)
+    sums = torch.zeros(len(stacks), 4, encoder.config['width'], dtype=torch.float64, device=device)
+    images = np.concatenate(stacks)                                                     # (sum of n, S, S)
+    for start in range(0, len(images), cfg.chunk):
+        part = slice(start, start + cfg.chunk)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half(cfg, device)):
+            cls, patches = encoder(pixels(images[part], device))
+        sums.index_add_(0, owner[part], token_sums(cls, patches))
+    return statistics(sums, counts, patches.shape[1]).cpu().numpy()
+
+
 def features(cfg, encoder, rows, device, wanted, cache=True):
     """Token statistics of the rows numbered in `wanted` -> float32 (R, 4, D); NaN for the others, and where a file is
     unreadable, which is named. Each rank computes a share of them and all ranks get all."""
-    rank, ranks, amp = dist.get_rank(), dist.get_world_size(), half(cfg, device)
-    size, width = cfg.size or encoder.config['size'], encoder.config['width']
+    rank, ranks, size = dist.get_rank(), dist.get_world_size(), cfg.size or encoder.config['size']
     mine, places, found = sorted(wanted)[rank::ranks], {}, {}
     if cache:
-        folder = Path(cfg.cache) / fingerprint(cfg, encoder, size, amp)
+        folder = Path(cfg.cache) / fingerprint(cfg, encoder, size, half(cfg, device))
         folder.mkdir(parents=True, exist_ok=True)
         for i in mine:
             file, row = os.stat(rows[i].path), rows[i]
@@ -878,25 +904,15 @@ def features(cfg, encoder, rows, device, wanted, cache=True):
             if places[i].exists():
                 found[i] = np.load(places[i])
 
-    images = DataLoader(Images(cfg, rows, size), batch_size=8, sampler=[i for i in mine if i not in found],
-                        num_workers=cfg.workers, collate_fn=as_is)
     encoder.eval()
-    for items in tqdm(images, desc='encoding', unit='batch', disable=rank > 0, leave=False, delay=2):
-        for i, _, reason in items:
-            if reason:
-                tqdm.write(f'skipped: {reason}', file=sys.stderr)
-        stack = np.concatenate([images for _, images, _ in items])                      # (n, S, S)
-        counts = torch.tensor([len(images) for _, images, _ in items])
-        owner = torch.arange(len(items)).repeat_interleave(counts).to(device)           # (n,)
-        sums, patches = torch.zeros(len(items), 4, width, dtype=torch.float64, device=device), 1
-        for start in range(0, len(stack), cfg.chunk):
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                tokens = encoder(pixels(stack[start:start + cfg.chunk], device))
-            sums.index_add_(0, owner[start:start + cfg.chunk], token_sums(*tokens))
-            patches = tokens[1].shape[1]
-        values = statistics(sums, counts.to(device), patches).cpu().numpy()
-        for (i, images_of, _), value in zip(items, values):
-            if len(images_of):
+    batches = DataLoader(Images(cfg, rows, size), batch_size=8, sampler=[i for i in mine if i not in found],
+                         num_workers=cfg.workers, collate_fn=as_is)
+    for items in tqdm(batches, desc='encoding', unit='batch', disable=rank > 0, leave=False, delay=2):
+        named(items)
+        readable = [(i, images) for i, images, reason in items if not reason]
+        if readable:
+            numbers, stacks = zip(*readable)
+            for i, value in zip(numbers, encode(cfg, encoder, stacks, device)):
                 found[i] = value
                 if cache:
                     part = places[i].with_suffix(f'.{rank}.part')
@@ -906,14 +922,21 @@ def features(cfg, encoder, rows, device, wanted, cache=True):
 
     everyone = [None] * ranks
     dist.all_gather_object(everyone, found)
-    out = np.full((len(rows), 4, width), np.nan, np.float32)
+    out = np.full((len(rows), 4, encoder.config['width']), np.nan, np.float32)
     for part in everyone:
         for i, value in part.items():
             out[i] = value
     bad = len(wanted) - sum(map(len, everyone))
     if bad == len(wanted) or len(wanted) >= 100 and bad > cfg.max_bad * len(wanted):
-        raise ValueError(f'{bad} of {len(wanted)} files are unusable, --max_bad is {cfg.max_bad}; their names are above')
+        raise ValueError(f'{bad} of {len(wanted)} files are unusable, --max_bad is {cfg.max_bad}; names are above')
     return torch.from_numpy(out)
+
+
+def named(items):
+    """Names the files that could not be read."""
+    for *_, reason in items:
+        if reason:
+            tqdm.write(f'skipped: {reason}', file=sys.stderr)
 
 
 def assemble(values, place, units, views):
@@ -939,11 +962,11 @@ def unit_features(cfg, units, stats):
     return assemble(stats[rows][:, list(POOLS[cfg.pool])].flatten(1), place, len(units), views), there
 
 
-# ---- heads and their training -----------------------------------------------------------------------------------------
+# ---- heads and their training ---------------------------------------------------------------------------------------
 
 class Head(nn.Module):
     """x (B, F) -> logits (B, C), or cumulative hazards (B, T). linear: one layer (DBT-DINO 6.2.1); mlp: three
-    (MammoDINO 3.3 gives no widths); hazard: one layer of yearly hazards, summed up. Features are standardised first."""
+    (MammoDINO 3.3 gives no widths); hazard: one layer of yearly hazards, summed up."""
 
     def __init__(self, kind, width, outputs, hidden=512):
         super().__init__()
@@ -954,7 +977,7 @@ class Head(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
 
     def standardize(self, x):
-        """Takes mean and deviation from the training features (n, F); what does not vary stays as it is."""
+        """Takes mean and deviation from the training features (n, F); what does not vary is left out."""
         deviation = x.std(0)
         self.shift.copy_(x.mean(0))
         self.scale.copy_(torch.where(deviation > 1e-6, 1 / deviation.clamp_min(1e-6), 0))
@@ -991,7 +1014,7 @@ def probabilities(cfg, outputs):
 def class_weights(cfg, targets):
     """Weights of the units (n,) so that every class, or exams with and without cancer, counts the same: an unbiased
     stand-in for DBT-DINO's balanced sampler and balanced validation set (6.2.2)."""
-    kind = (targets == 1).any(1).long() if cfg.task == 'risk' else targets
+    kind = targets.amax(1) if cfg.task == 'risk' else targets
     count = torch.bincount(kind).clamp_min(1)
     return (len(kind) / (count > 0).sum() / count)[kind] if cfg.balance else torch.ones(len(kind))
 
@@ -1093,10 +1116,9 @@ def collated(items, views):
     image (n,), the place unit * V + view of each row (R,)."""
     place, stack = [], []
     for b, (_, seen) in enumerate(items):
+        named(seen)
         for slot, images, reason in seen:
-            if reason:
-                tqdm.write(f'skipped: {reason}', file=sys.stderr)
-            else:
+            if not reason:
                 place.append(b * views + slot)
                 stack.append(images)
     if not stack:
@@ -1163,7 +1185,7 @@ def save(path, state):
     os.replace(part, path)
 
 
-# ---- one run ------------------------------------------------------------------------------------------------------------
+# ---- one run --------------------------------------------------------------------------------------------------------
 
 SMALL = dict(size=84, width=128, depth=4, heads=4)          # the demo of pretrain.py
 
@@ -1233,6 +1255,11 @@ def predicted(cfg, encoder, head, rows, stats, units, device):
     return p.numpy()
 
 
+def decided(cfg, result):
+    """Classes (n,): the likeliest, or positive from the validation's threshold on."""
+    return (result['p'][:, 1] >= result['threshold']).astype(int) if cfg.task in BINARY else result['p'].argmax(1)
+
+
 def youden(y, s):
     """The threshold with the largest sensitivity + specificity, for `s >= threshold`; chosen on validation."""
     fpr, tpr, thresholds = roc(y, s)
@@ -1256,8 +1283,12 @@ def metrics(cfg, classes, threshold):
         return ((p[y == kind, 1] >= threshold) == kind).mean() if (y == kind).any() else math.nan
 
     if cfg.task == 'risk':
-        return {'mean AUROC': lambda y, p: yearly_auc(y, y >= 0, p).mean()} | {
-            f'year {t + 1}': lambda y, p, t=t: yearly_auc(y, y >= 0, p, (t,))[0] for t in range(YEARS)}
+        def year(y, p, t):
+            use = in_year(y, y >= 0)[:, t]
+            return auc(y[use, t], p[use, t])
+
+        years = {f'year {t + 1}': lambda y, p, t=t: year(y, p, t) for t in range(YEARS)}
+        return {'mean AUROC': lambda y, p: yearly_auc(y, y >= 0, p).mean()} | years
     if cfg.task in BINARY:
         return {'AUC': lambda y, p: auc(y, p[:, 1]), 'sensitivity': lambda y, p: at(y, p, 1),
                 'specificity': lambda y, p: at(y, p, 0)}
@@ -1267,46 +1298,46 @@ def metrics(cfg, classes, threshold):
 
 
 def measured(cfg, table, y, p, patients):
-    """{metric: value, 95 % interval by patient, draws on which it was not defined}"""
-    out = {}
+    """{metric: value, 95 % interval by patient, number of draws on which it was not defined}"""
+    out, n = {}, cfg.draws
     for name, metric in table.items():
-        values = resample(metric, (y, p), patients, np.random.default_rng(cfg.seed), cfg.draws)
+        values = resample(metric, (y, p), patients, np.random.default_rng(cfg.seed), n)
         whole = values[~np.isnan(values)]
         low, high = np.percentile(whole, [2.5, 97.5]) if len(whole) else (math.nan, math.nan)
-        out[name] = dict(value=float(metric(y, p)), low=float(low), high=float(high), undefined=len(values) - len(whole))
+        out[name] = dict(value=float(metric(y, p)), low=float(low), high=float(high), undefined=n - len(whole))
     return out
 
 
 def run(cfg, device):
-    """One data set and task: every encoder, every fraction of the training patients -> the table, files and pictures."""
-    rank, out = dist.get_rank(), Path(cfg.out)
+    """One data set and task: every encoder on every fraction of the training patients -> table, files, pictures."""
+    out = Path(cfg.out)
+    if (out / 'metrics.json').exists() and not cfg.out.startswith(DEMO['out']):
+        raise ValueError(f'{out} holds a run; choose another --out')
     rows, classes, notes = load(cfg)
     units = units_of(cfg, rows, notes)
     parts = {split: [unit for unit in units if unit.split == split] for split in ('train', 'val', 'test')}
-    if (out / 'metrics.json').exists() and not cfg.out.startswith(DEMO['out']):
-        raise ValueError(f'{out} holds a run; choose another --out')
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+    if dist.get_rank() == 0:
         introduce(cfg, parts, classes, notes)
-    results, saved = {}, None
+    results = {}
     for name, make in encoders(cfg).items():
         encoder, stats = make().to(device), None
         if cfg.freeze:
             stats = features(cfg, encoder, rows, device, {i for unit in units for i, _ in unit.rows})
         for share in cfg.fraction:
             encoder = encoder if cfg.freeze else make().to(device)
-            head, tried = trained(cfg, encoder, rows, stats, classes, share_of(parts['train'], share, cfg.seed),
-                                  parts['val'], device)
-            p, p_val = (predicted(cfg, encoder, head, rows, stats, parts[part], device) for part in ('test', 'val'))
-            results[name, share] = dict(p=p, p_val=p_val, tried=tried)
-        saved = encoder, head
-    if rank == 0:
+            train = share_of(parts['train'], share, cfg.seed)
+            head, tried = trained(cfg, encoder, rows, stats, classes, train, parts['val'], device)
+            p_val, p = (predicted(cfg, encoder, head, rows, stats, parts[part], device) for part in ('val', 'test'))
+            results.setdefault(name, {})[share] = dict(p=p, tried=tried, threshold=None)
+            if cfg.task in BINARY:
+                seen, y_val = ~np.isnan(p_val).any(1), targets(parts['val']).numpy()
+                results[name][share]['threshold'] = youden(y_val[seen], p_val[seen, 1])
+    if dist.get_rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
         report(cfg, parts, classes, notes, results)
-        encoder, head = saved
-        threshold = results[name, cfg.fraction[-1]].get('threshold')
-        state = {f'backbone.{k}': v.cpu() for k, v in encoder.state_dict().items()}
-        save(out / 'last.pt', dict(config=asdict(cfg), classes=list(classes), threshold=threshold, vit=encoder.config,
-                                   teacher=state, head=head.cpu().state_dict()))
+        save(out / 'last.pt', dict(config=asdict(cfg), classes=list(classes), vit=encoder.config,
+                                   threshold=results[name][share]['threshold'], head=head.cpu().state_dict(),
+                                   teacher={f'backbone.{k}': v.cpu() for k, v in encoder.state_dict().items()}))
         print(f'-> {out}/metrics.json, predictions.csv, last.pt and pictures')
     dist.barrier()
 
@@ -1325,59 +1356,61 @@ def introduce(cfg, parts, classes, notes):
 
 
 def report(cfg, parts, classes, notes, results):
-    """The table on the test set, metrics.json, predictions.csv and the pictures. Adds y, p and threshold to results."""
-    out = Path(cfg.out)
-    readable = ~np.any([np.isnan(r['p']).any(1) for r in results.values()], axis=0)     # the same units for all
+    """The table on the test set, metrics.json, predictions.csv and the pictures.
+
+    results {encoder: {share: dict(p (n, C or T), threshold, tried)}}, random init first, the main encoder last; only
+    units that every encoder could read count."""
+    out, full, main = Path(cfg.out), cfg.fraction[-1], list(results)[-1]
+    flat = [(name, share, r) for name, shares in results.items() for share, r in shares.items()]
+    readable = ~np.any([np.isnan(r['p']).any(1) for *_, r in flat], axis=0)
     units = [unit for unit, there in zip(parts['test'], readable) if there]
-    y, y_val = targets(units).numpy(), targets(parts['val']).numpy()
-    patients = np.array([unit.patient for unit in units])
-    full, names = cfg.fraction[-1], list(dict.fromkeys(name for name, _ in results))
-    for r in results.values():
-        r['p'], seen = r['p'][readable], ~np.isnan(r['p_val']).any(1)
-        r['threshold'] = youden(y_val[seen], r['p_val'][seen, 1]) if cfg.task in BINARY else None
+    if len(units) < len(readable):
+        notes.append(f'{len(readable) - len(units)} test {cfg.level}s have no readable file and take no part')
+        print(f'  {notes[-1]}')
+    y, patients = targets(units).numpy(), np.array([unit.patient for unit in units])
+    for *_, r in flat:
+        r['p'] = r['p'][readable]
         r['metrics'] = measured(cfg, metrics(cfg, classes, r['threshold']), y, r['p'], patients)
-    main = names[-1]
-    headline = next(iter(results[main, full]['metrics']))
+    best = {name: shares[full] for name, shares in results.items()}
 
-    positives = int((y == 1).any(1).sum() if cfg.task == 'risk' else (y == 1).sum())
-    counted = f', {positives} positive' if cfg.task in BINARY or cfg.task == 'risk' else ''
-    columns = list(results[main, full]['metrics'])
+    positives = int((np.max(y, -1) == 1).sum() if cfg.task == 'risk' else (y == 1).sum())
+    counted = f', {positives} positive' if cfg.task in (*BINARY, 'risk') else ''
     print(f'\ntest, n = {len(y)}{counted}; 95 % intervals over {len(set(patients))} patients, {cfg.draws} draws')
-    print(' ' * 24 + ''.join(f'{column:22s}' for column in columns))
-    for (name, share), r in results.items():
-        label = name if share == full else f'{name}, {share:.0%}'
-        print(f'{label:24s}' + ''.join(f'{cell(r["metrics"][column]):22s}' for column in columns).rstrip())
-    dropped = sum(m['undefined'] for r in results.values() for m in r['metrics'].values())
-    if dropped:
-        print(f'{dropped} draws held no case of some class and are left out; metrics.json has the counts')
-    summary = {}
-    for name in names[1:]:
-        summary[name] = versus(cfg, y, results['random init', full]['p'], results[name, full]['p'], patients)
-        print(f'{name} - random init: {headline} {gap(summary[name])}')
-    groups = subgroups(cfg, units, classes, y, results[main, full], patients) if cfg.subgroup else {}
+    print(' ' * 24 + ''.join(f'{column:20s}' for column in best[main]['metrics']).rstrip())
+    for name, share, r in flat:
+        label = name if len(cfg.fraction) == 1 else f'{name}, {share:.0%}'
+        print(f'{label:24s}' + ''.join(f'{cell(m):20s}' for m in r['metrics'].values()).rstrip())
+    undefined = sum(m['undefined'] for *_, r in flat for m in r['metrics'].values())
+    if undefined:
+        print(f'{undefined} draws held no case of some class and are left out; metrics.json has the counts')
+    against = {name: versus(cfg, y, best['random init']['p'], r['p'], patients) for name, r in list(best.items())[1:]}
+    headline = next(iter(best[main]['metrics']))
+    for name, v in against.items():
+        print(f'{name} - random init: {headline} {gap(v)}')
+    groups = subgroups(cfg, units, classes, y, best[main], patients) if cfg.subgroup else {}
 
-    encoder_results = {name: {f'{share:g}': dict(metrics=results[name, share]['metrics'], tried=results[name, share]['tried'],
-                                                 threshold=results[name, share]['threshold'])
-                              for share in cfg.fraction} for name in names}
-    if cfg.task in BINARY:
-        for name in names:
-            encoder_results[name][f'{full:g}']['delong_interval'] = delong_interval(y, results[name, full]['p'][:, 1])
+    for r in best.values() if cfg.task in BINARY else ():
+        r['delong_interval'] = delong_interval(y, r['p'][:, 1])
+    kept = {name: {f'{share:g}': {k: v for k, v in r.items() if k != 'p'} for share, r in shares.items()}
+            for name, shares in results.items()}
     (out / 'metrics.json').write_text(json.dumps(dict(
         config=asdict(cfg), torch=torch.__version__, numpy=np.__version__, classes=classes, encoder=main, n=len(y),
-        positives=positives, patients=len(set(patients)), notes=notes, missing_views=missing_views(cfg, sum(parts.values(), [])),
-        unreadable=len(parts['test']) - len(units), results=encoder_results, against_random=summary, subgroups=groups), indent=1))
-    write_predictions(cfg, out / 'predictions.csv', units, classes, y, {name: results[name, full] for name in names})
-    draw(cfg, out, classes, y, {name: results[name, full] for name in names}, main)
+        positives=positives, patients=len(set(patients)), notes=notes, results=kept, against_random=against,
+        subgroups=groups, missing_views=missing_views(cfg, sum(parts.values(), []))), indent=1))
+    write_predictions(cfg, out / 'predictions.csv', units, classes, y, best)
+    pictures(cfg, out, classes, y, best)
     if len(cfg.fraction) > 1:
-        lines = {name: (cfg.fraction, [results[name, s]['metrics'][headline]['value'] for s in cfg.fraction],
-                        [(results[name, s]['metrics'][headline]['low'], results[name, s]['metrics'][headline]['high'])
-                         for s in cfg.fraction]) for name in names}
-        chart(lines, 'share of training patients', headline).save(out / 'fraction.png')
+        lines = {name: [[r['metrics'][headline][k] for r in shares.values()] for k in ('value', 'low', 'high')]
+                 for name, shares in results.items()}
+        chart({name: (cfg.fraction, value, list(zip(low, high))) for name, (value, low, high) in lines.items()},
+              'share of training patients', headline).save(out / 'fraction.png')
 
 
 def cell(m):
     """.812 [.774, .850]"""
-    return f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]"
+    value, low, high = (f'{m[k]:.3f}'.replace('0.', '.', 1) if abs(m[k]) < 1 else f'{m[k]:.3f}'
+                        for k in ('value', 'low', 'high'))
+    return f'{value} [{low}, {high}]'
 
 
 def gap(v):
@@ -1396,8 +1429,8 @@ def versus(cfg, y, p1, p2, patients):
     if cfg.task in BINARY:
         tests = {'DeLong': delong(y, p1[:, 1], p2[:, 1])[2]}
     elif cfg.task == 'risk':
-        use = [(y[:, t] >= 0) & ((y[:, t] > 0) | ~(y > 0).any(1)) for t in range(YEARS)]
-        tests = {f'DeLong, year {t + 1}': delong(y[u, t], p1[u, t], p2[u, t])[2] for t, u in enumerate(use)}
+        tests = {f'DeLong, year {t + 1}': delong(*(a[use, t] for a in (y, p1, p2)))[2]
+                 for t, use in enumerate(in_year(y, y >= 0).T)}
     else:
         tests = {'McNemar': mcnemar(p1.argmax(1) == y, p2.argmax(1) == y)}
     return dict(difference=float(metric(y, p2) - metric(y, p1)), low=float(low), high=float(high), tests=tests)
@@ -1412,13 +1445,13 @@ def subgroups(cfg, units, classes, y, result, patients):
     if cfg.subgroup.lower() == 'age':
         values = np.array([decade(value) for value in values], dtype=object)
     table, out = metrics(cfg, classes, result['threshold']), {}
-    print(f'\n{cfg.subgroup:16s}{"n":>6s} patients  ' + ''.join(f'{name:22s}' for name in table))
+    print(f'\n{cfg.subgroup:16s}{"n":>6s} patients  ' + ''.join(f'{name:20s}' for name in table))
     for value in sorted(set(values)):
         of = values == value
         out[value] = dict(n=int(of.sum()), patients=len(set(patients[of])),
                           metrics=measured(cfg, table, y[of], result['p'][of], patients[of]))
         print(f'{value:16s}{of.sum():6d} {out[value]["patients"]:8d}  '
-              + ''.join(f'{cell(m):22s}' for m in out[value]['metrics'].values()).rstrip())
+              + ''.join(f'{cell(m):20s}' for m in out[value]['metrics'].values()).rstrip())
     return out
 
 
@@ -1431,55 +1464,47 @@ def decade(age):
 
 
 def write_predictions(cfg, path, units, classes, y, results):
-    """One line per encoder and unit: the truth, the prediction and every probability."""
-    names = [f'p_year{t + 1}' for t in range(YEARS)] if cfg.task == 'risk' else [f'p_{name}' for name in classes]
+    """One line per encoder and unit: the truth, the decision and every probability."""
+    names = [f'year{t + 1}' for t in range(YEARS)] if cfg.task == 'risk' else classes
     with open(path, 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
         writer = csv.writer(file)
-        writer.writerow(['encoder', 'unit', 'patient', 'target', 'predicted', *names])
+        writer.writerow(['encoder', 'unit', 'patient', 'target', 'predicted', *(f'p_{name}' for name in names)])
         for name, result in results.items():
-            for unit, truth, p in zip(units, y, result['p']):
-                if cfg.task == 'risk':
-                    target, guess = ' '.join(map(str, truth)), ''
-                else:
-                    guess = int(p[1] >= result['threshold']) if cfg.task in BINARY else p.argmax()
-                    target, guess = classes[truth], classes[guess]
+            guesses = [''] * len(y) if cfg.task == 'risk' else [classes[guess] for guess in decided(cfg, result)]
+            for unit, truth, guess, p in zip(units, y, guesses, result['p']):
+                target = ' '.join(map(str, truth)) if cfg.task == 'risk' else classes[truth]
                 writer.writerow([name, unit.name, unit.patient, target, guess, *(f'{value:.8g}' for value in p)])
 
 
-# ---- pictures -----------------------------------------------------------------------------------------------------------
+# ---- pictures -------------------------------------------------------------------------------------------------------
 
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')          # Okabe and Ito
+font = ImageFont.load_default
 
 
-def font(size):
-    return ImageFont.load_default(size)
+def halved(picture):
+    """Drawn at twice the size, then shrunk: smooth lines."""
+    return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
 
 
-def draw(cfg, out, classes, y, results, main):
-    """roc.png: encoders against each other, years or classes; confusion.png: counts of the main encoder."""
-    if cfg.task == 'risk':
-        curves, use = {}, ~(y > 0).any(1)
-        for t in range(YEARS):
-            seen = (y[:, t] >= 0) & ((y[:, t] > 0) | use)
-            score = auc(y[seen, t], results[main]['p'][seen, t])
-            if not math.isnan(score):
-                curves[f'year {t + 1}, {score:.3f}'] = roc(y[seen, t], results[main]['p'][seen, t])[:2]
-    elif cfg.task in BINARY:
-        curves = {f"{name}, {auc(y, r['p'][:, 1]):.3f}": roc(y, r['p'][:, 1])[:2] for name, r in results.items()}
+def pictures(cfg, out, classes, y, results):
+    """confusion.png, and roc.png: the encoders against each other, or years or classes of the main one, the last."""
+    *_, main = results.values()
+    if cfg.task in BINARY:
+        pairs = {name: (y, r['p'][:, 1]) for name, r in results.items()}
+    elif cfg.task == 'risk':
+        pairs = {f'year {t + 1}': (y[use, t], main['p'][use, t]) for t, use in enumerate(in_year(y, y >= 0).T)}
     else:
-        p = results[main]['p']
-        curves = {f'{name}, {auc(y == c, p[:, c]):.3f}': roc(y == c, p[:, c])[:2] for c, name in enumerate(classes)
-                  if 0 < (y == c).sum() < len(y)}
+        pairs = {name: (y == c, main['p'][:, c]) for c, name in enumerate(classes)}
+    curves = {f'{name}, {auc(*pair):.3f}': roc(*pair)[:2] for name, pair in pairs.items() if not math.isnan(auc(*pair))}
     chart(curves, '1 - specificity', 'sensitivity', diagonal=True).save(out / 'roc.png')
     if cfg.task != 'risk':
-        p, threshold = results[main]['p'], results[main]['threshold']
-        guess = (p[:, 1] >= threshold).astype(int) if cfg.task in BINARY else p.argmax(1)
-        matrix(confusion(y, guess, len(classes)), classes).save(out / 'confusion.png')
+        matrix(confusion(y, decided(cfg, main), len(classes)), classes).save(out / 'confusion.png')
 
 
 def chart(curves, xlabel, ylabel, diagonal=False):
     """{name: (x, y) or (x, y, intervals)} in the unit square -> a picture with axes and legend."""
-    side, left, top, two = 720, 110, 30, 2                  # drawn at twice the size
+    side, left, top = 720, 110, 60
     picture = Image.new('RGB', (left + side + 40, top + side + 110), 'white')
     pen = ImageDraw.Draw(picture)
 
@@ -1487,62 +1512,58 @@ def chart(curves, xlabel, ylabel, diagonal=False):
         return left + side * float(x), top + side * (1 - float(y))
 
     for tick in np.linspace(0, 1, 6):
-        pen.line([at(tick, 0), at(tick, 1)], '#E5E5E5', two)
-        pen.line([at(0, tick), at(1, tick)], '#E5E5E5', two)
+        pen.line([at(tick, 0), at(tick, 1)], '#E5E5E5', 2)
+        pen.line([at(0, tick), at(1, tick)], '#E5E5E5', 2)
         pen.text((at(tick, 0)[0], top + side + 12), f'{tick:.1f}', 'black', font(24), anchor='ma')
         pen.text((left - 14, at(0, tick)[1]), f'{tick:.1f}', 'black', font(24), anchor='rm')
-    pen.rectangle([at(0, 1), at(1, 0)], outline='black', width=two)
+    pen.rectangle([at(0, 1), at(1, 0)], outline='black', width=2)
     if diagonal:
-        pen.line([at(0, 0), at(1, 1)], '#999999', two)
+        pen.line([at(0, 0), at(1, 1)], '#999999', 2)
     for i, (name, (x, y, *intervals)) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
-        pen.line([at(a, b) for a, b in zip(x, y)], colour, 2 * two, joint='curve')
-        for a, b, (low, high) in zip(x, y, intervals[0] if intervals else ()):
-            pen.line([at(a, low), at(a, high)], colour, two)
-            pen.ellipse([at(a, b)[0] - 7, at(a, b)[1] - 7, at(a, b)[0] + 7, at(a, b)[1] + 7], colour)
+        pen.line([at(*point) for point in zip(x, y)], colour, 4, joint='curve')
+        for a, b, (low, high) in zip(x, y, *intervals) if intervals else ():
+            pen.line([at(a, low), at(a, high)], colour, 2)
+            pen.circle(at(a, b), 7, colour)
         height = top + side - 40 * (len(curves) - i)
-        pen.line([(left + side * 0.5, height + 14), (left + side * 0.5 + 50, height + 14)], colour, 3 * two)
+        pen.line([(left + side * 0.5, height + 14), (left + side * 0.5 + 50, height + 14)], colour, 6)
         pen.text((left + side * 0.5 + 64, height), name, 'black', font(26))
     pen.text((left + side / 2, top + side + 56), xlabel, 'black', font(28), anchor='ma')
-    pen.text((10, 0), ylabel, 'black', font(26))
-    return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
+    pen.text((10, 6), ylabel, 'black', font(26))
+    return halved(picture)
 
 
 def matrix(counts, classes):
     """Confusion counts (C, C) -> a picture: truth by row, prediction by column, shaded by the share of the row."""
-    cell_size, margin = 120, 150
-    side = cell_size * len(classes)
+    box, margin = 120, 150
+    side = box * len(classes)
     picture = Image.new('RGB', (margin + side + 30, margin + side + 30), 'white')
     pen = ImageDraw.Draw(picture)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     for i, name in enumerate(classes):
-        middle = margin + cell_size * (i + 0.5)
+        middle = margin + box * (i + 0.5)
         pen.text((middle, margin - 12), name[:9], 'black', font(26), anchor='mb')
         pen.text((margin - 12, middle), name[:9], 'black', font(26), anchor='rm')
-        for j in range(len(classes)):
-            box = [margin + cell_size * j, margin + cell_size * i]
-            shade = tuple(int(255 - share * (255 - c)) for share, c in zip([shares[i, j]] * 3, (0, 114, 178)))
-            pen.rectangle([*box, box[0] + cell_size, box[1] + cell_size], shade, 'white', 3)
-            pen.text((box[0] + cell_size / 2, box[1] + cell_size / 2), str(counts[i, j]),
-                     'white' if shares[i, j] > 0.5 else 'black', font(32), anchor='mm')
+        for j, share in enumerate(shares[i]):
+            x, y = margin + box * j, margin + box * i
+            shade = tuple(int(255 - share * (255 - c)) for c in (0, 114, 178))
+            pen.rectangle([x, y, x + box, y + box], shade, 'white', 3)
+            pen.text((x + box / 2, y + box / 2), str(counts[i, j]), 'white' if share > 0.5 else 'black', font(32),
+                     anchor='mm')
     pen.text((margin + side / 2, 20), 'predicted', 'black', font(28), anchor='ma')
     pen.text((20, margin / 2), 'truth', 'black', font(28))
-    return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
+    return halved(picture)
 
 
 def radar(axes, polygons):
-    """axes: names; polygons {name: values in 0..1, one per axis} -> the picture of MammoDINO's Fig. 2."""
-    centre, radius = np.array([640, 560]), 400
-    picture = Image.new('RGB', (1280, 1160 + 40 * len(polygons)), 'white')
+    """axes: names; polygons {name: values in 0..1, one per axis, NaN where it has none} -> MammoDINO's Fig. 2."""
+    centre, radius = np.array([720, 560]), 400
+    picture = Image.new('RGB', (1440, 1160 + 40 * len(polygons)), 'white')
     pen = ImageDraw.Draw(picture)
     angles = 2 * np.pi * np.arange(len(axes)) / len(axes) - np.pi / 2
     spokes = np.stack([np.cos(angles), np.sin(angles)], axis=1)                         # (axes, 2)
-
-    def corners(values):
-        return [tuple(centre + radius * value * spoke) for value, spoke in zip(values, spokes)]
-
     for ring in (0.2, 0.4, 0.6, 0.8, 1.0):
-        pen.polygon(corners([ring] * len(axes)), outline='#CCCCCC', width=2)
+        pen.polygon([tuple(centre + radius * ring * spoke) for spoke in spokes], outline='#CCCCCC', width=2)
         pen.text(tuple(centre + (8, -radius * ring)), f'{ring:.1f}', '#777777', font(22))
     for name, spoke in zip(axes, spokes):
         pen.line([tuple(centre), tuple(centre + radius * spoke)], '#CCCCCC', 2)
@@ -1550,13 +1571,14 @@ def radar(axes, polygons):
                  anchor='mm' if abs(spoke[0]) < 0.3 else 'lm' if spoke[0] > 0 else 'rm')
     for i, (name, values) in enumerate(polygons.items()):
         colour = COLOURS[i % len(COLOURS)]
-        pen.polygon(corners(np.nan_to_num(values)), outline=colour, width=5)
+        corners = [tuple(centre + radius * max(v, 0) * spoke) for v, spoke in zip(values, spokes) if not math.isnan(v)]
+        pen.line([*corners, corners[0]], colour, 5, joint='curve')
         pen.line([(340, 1120 + 40 * i), (390, 1120 + 40 * i)], colour, 6)
         pen.text((404, 1120 + 40 * i), name, 'black', font(26), anchor='lm')
-    return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
+    return halved(picture)
 
 
-# ---- compare and predict ------------------------------------------------------------------------------------------------
+# ---- compare and predict --------------------------------------------------------------------------------------------
 
 def stored(folder):
     """A run as its folder has it: metrics.json, and of the main encoder the metrics, y, p and patients by unit."""
@@ -1671,7 +1693,7 @@ def predict(argv, device):
         print(f"Threshold chosen on validation: {state['threshold']:.3f}")
 
 
-# ---- the demo -------------------------------------------------------------------------------------------------------------
+# ---- the demo -------------------------------------------------------------------------------------------------------
 
 DEMO = dict(out='runs/finetune-demo', search=6, workers=0, epochs=60)
 

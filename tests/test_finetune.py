@@ -1,4 +1,4 @@
-"""finetune.py: statistics equal trusted ones, labels are read as published, no patient leaks, and runs tell the truth."""
+"""finetune.py: statistics equal trusted ones, labels are read as published, no patient leaks, runs tell the truth."""
 import csv
 import json
 import math
@@ -192,7 +192,8 @@ def vindr(root):
         'study_id|series_id|image_id|laterality|view_position|height|width|breast_birads|breast_density|'
         'finding_categories|finding_birads|xmin|ymin|xmax|ymax|split',
         "s1|q|i1|L|CC|3518|2800|BI-RADS 4|DENSITY C|['Mass']|BI-RADS 4|10|10|20|20|training",
-        "s1|q|i1|L|CC|3518|2800|BI-RADS 4|DENSITY C|['Suspicious Calcification', 'Mass']|BI-RADS 4|0|0|99.5|99|training",
+        "s1|q|i1|L|CC|3518|2800|BI-RADS 4|DENSITY C|['Suspicious Calcification', 'Mass']|BI-RADS 4|0|0|99.5|99|"
+        "training",
         "s1|q|i2|L|MLO|3518|2800|BI-RADS 4|DENSITY C|['No Finding']|||||training"])
 
 
@@ -212,11 +213,12 @@ def test_vindr_has_lists_in_strings_and_no_cancer_label(tmp_path):
 
 def ddsm(root):
     """A film with two masses, one whose second lesion is a calcification, a patient in training and test."""
-    middle = 'mass shape|mass margins|assessment|pathology|subtlety|image file path|cropped image file path|ROI mask file path'
+    middle = ('mass shape|mass margins|assessment|pathology|subtlety|image file path|cropped image file path|'
+              'ROI mask file path')
 
     def line(patient, side, view, number, kind, grade, verdict, name, density='3'):
         folder = f'{name}_{patient}_{side}_{view}'
-        full, roi, crop = (f'{folder}{n}/1.3.6.1/{uid}/000000.dcm' for n, uid in (('', '1.11'), ('_1', '1.12'), ('_1', '1.13')))
+        full, roi, crop = (f'{folder}{n}/000000.dcm' for n in ('/1.3.6/1.11', '_1/1.3.6/1.12', '_1/1.3.6/1.13'))
         return f'{patient}|{density}|{side}|{view}|{number}|{kind}|x|x|{grade}|{verdict}|3|{full}|{roi}|"{crop}\n"'
 
     write(root / 'mass_case_description_train_set.csv', [
@@ -232,8 +234,8 @@ def ddsm(root):
     write(root / 'calc_case_description_test_set.csv', [
         f'patient_id|breast density|left or right breast|image view|abnormality id|abnormality type|{calc}',
         line('P_00003', 'LEFT', 'CC', 1, 'calcification', 4, 'MALIGNANT', 'Calc-Test')])
-    for folder in ('Mass-Training_P_00001_LEFT_CC', 'Mass-Training_P_00001_LEFT_CC_1', 'Mass-Training_P_00002_RIGHT_MLO',
-                   'Mass-Training_P_00003_LEFT_CC', 'Calc-Test_P_00003_LEFT_CC'):
+    for folder in ('Mass-Training_P_00001_LEFT_CC', 'Mass-Training_P_00001_LEFT_CC_1',
+                   'Mass-Training_P_00002_RIGHT_MLO', 'Mass-Training_P_00003_LEFT_CC', 'Calc-Test_P_00003_LEFT_CC'):
         touch(root / 'CBIS-DDSM' / folder / '08-07-2016-DDSM' / '1.000000-images' / '1-1.dcm')
 
 
@@ -241,7 +243,7 @@ def test_ddsm_has_a_row_per_lesion_and_two_spellings_of_density(tmp_path):
     ddsm(tmp_path)
     got, _, rows = labels('ddsm', tmp_path, 'cancer')
     folder = 'CBIS-DDSM/Mass-Training_P_00001_LEFT_CC/08-07-2016-DDSM/1.000000-images/1-1.dcm'
-    assert got[folder] == '1' and list(got.values()) == ['1', '0', '0', '1']            # the ROI folder, _1, is not taken
+    assert got[folder] == '1' and list(got.values()) == ['1', '0', '0', '1']            # not from the ROI folder, _1
     assert [(row.laterality, row.view, row.split) for row in rows[:2]] == [('L', 'CC', 'train'), ('R', 'MLO', 'train')]
     assert list(labels('ddsm', tmp_path, 'birads')[0].values()) == ['5', '4', '0', '4']
     assert list(labels('ddsm', tmp_path, 'density')[0].values()) == ['3', '3', None, '3']
@@ -282,8 +284,8 @@ def xlsx(path, sheets):
         files[f'xl/worksheets/sheet{number}.xml'] = f'<worksheet {space}><sheetData>{cells}</sheetData></worksheet>'
     names = ''.join(f'<sheet name="{name}" r:id="rId{i}"/>' for i, name in enumerate(sheets, 1))
     files['xl/workbook.xml'] = f'<workbook {space} xmlns:r="{relation}"><sheets>{names}</sheets></workbook>'
-    files['xl/_rels/workbook.xml.rels'] = '<Relationships>' + ''.join(
-        f'<Relationship Id="rId{i}" Target="worksheets/sheet{i}.xml"/>' for i in range(1, len(sheets) + 1)) + '</Relationships>'
+    links = ''.join(f'<Relationship Id="rId{i}" Target="worksheets/sheet{i}.xml"/>' for i in range(1, len(sheets) + 1))
+    files['xl/_rels/workbook.xml.rels'] = f'<Relationships>{links}</Relationships>'
     files['xl/sharedStrings.xml'] = f'<sst {space}>' + ''.join(f'<si><r><t>{s[:1]}</t></r><r><t>{s[1:]}</t></r></si>'
                                                               for s in strings) + '</sst>'
     with zipfile.ZipFile(path, 'w') as book:
@@ -305,10 +307,12 @@ def dicom(path, side, view):
 def test_cmmd_reads_sides_from_headers_and_labels_from_a_sheet(tmp_path):
     xlsx(tmp_path / 'CMMD_clinicaldata_revision.xlsx', {'Sheet1': [
         ['ID1', 'LeftRight', 'Age', 'number', 'abnormality', 'classification', 'subtype'],
-        ['D1-0001', 'R', 44, 2, 'calcification', 'Benign', ''], ['D2-0007', 'L', 51, 2, 'both', 'Malignant', 'Luminal A'],
+        ['D1-0001', 'R', 44, 2, 'calcification', 'Benign', ''],
+        ['D2-0007', 'L', 51, 2, 'both', 'Malignant', 'Luminal A'],
         ['D1-0202', 'L', 40, 2, 'mass', 'Benign', '']]})
-    for patient, number, side, view in (('D1-0001', 1, 'R', 'cranio-caudal'), ('D1-0001', 2, 'L', 'medio-lateral oblique'),
-                                        ('D2-0007', 1, 'L', 'cranio-caudal'), ('D1-0202', 1, 'L', 'cranio-caudal')):
+    for patient, number, side, view in (
+            ('D1-0001', 1, 'R', 'cranio-caudal'), ('D1-0001', 2, 'L', 'medio-lateral oblique'),
+            ('D2-0007', 1, 'L', 'cranio-caudal'), ('D1-0202', 1, 'L', 'cranio-caudal')):
         dicom(tmp_path / 'CMMD' / patient / 'study' / 'series' / f'1-{number}.dcm', side, view)
     got, _, rows = labels('cmmd', tmp_path, 'cancer')
     assert list(got.values()) == ['0', None, None, '1']     # no row for the other breast; D1-0202 is a known duplicate
@@ -319,8 +323,8 @@ def test_cmmd_reads_sides_from_headers_and_labels_from_a_sheet(tmp_path):
 
 
 def test_cesm_has_spaces_in_names_several_rows_and_grades_in_one_cell(tmp_path):
-    head = ['Image_name', 'Patient_ID', 'Side', 'Type', 'Age', 'Breast density (ACR)', 'BIRADS', 'Findings', 'View', 'Tags',
-            'Machine', 'Pathology Classification/ Follow up']
+    head = ['Image_name', 'Patient_ID', 'Side', 'Type', 'Age', 'Breast density (ACR)', 'BIRADS', 'Findings', 'View',
+            'Tags', 'Machine', 'Pathology Classification/ Follow up']
     xlsx(tmp_path / 'Radiology manual annotations.xlsx', {'key': [['x']], 'all': [
         head, ['P1_L_DM_MLO ', 1, 'L', 'DM', 55, 'C', '!4$5', 'Mass$calc', 'MLO', '', 1, 'Benign'],
         ['P1_L_DM_MLO ', 1, 'L', 'DM', 55, 'C', 3, 'Mass', 'MLO', '', 1, 'Malignant'],
@@ -365,8 +369,8 @@ def test_mias_pairs_are_patients(tmp_path):
 
 
 def test_a_manifest_takes_optional_columns_and_refuses_a_patient_in_two_splits(tmp_path):
-    write(tmp_path / 'manifest.csv', ['path|patient|exam|laterality|view|split|frame|density|age', 'a.png|p1|e1|left|cc|training||B|57',
-                                      'b.png|p2|e2|R|MLO|test|3|c|44'])
+    write(tmp_path / 'manifest.csv', ['path|patient|exam|laterality|view|split|frame|density|age',
+                                      'a.png|p1|e1|left|cc|training||B|57', 'b.png|p2|e2|R|MLO|test|3|c|44'])
     got, classes, rows = labels('csv', tmp_path, 'density')
     assert list(got.values()) == ['b', 'c'] and classes == ('a', 'b', 'c', 'd')
     assert [(r.exam, r.laterality, r.view, r.split, r.frame) for r in rows] == [
@@ -394,17 +398,19 @@ def test_prepared_images_stand_in_for_published_ones(tmp_path):
     ('cmmd', 'birads', 'TOMPEI'), ('mias', 'birads', 'F G D'), ('vindr', 'risk', 'no follow-up')])
 def test_a_task_that_a_data_set_does_not_define_is_refused_with_the_reason(dataset, task, words, tmp_path):
     with pytest.raises(ValueError, match=words):
-        finetune.load(Config(dataset=dataset, root=str(tmp_path), task=task, head='hazard' if task == 'risk' else 'linear'))
+        finetune.load(Config(dataset=dataset, root=str(tmp_path), task=task))
 
 
 # ---- splits and units ---------------------------------------------------------------------------------------------
 
 def test_a_split_is_by_patient_and_label_and_always_the_same():
     rows = [Row('', int(i % 10 == 0), f'p{i // 2}', '') for i in range(400)]
-    parts = {row.patient: row.split for row in finetune.assign(Config(), rows, [])}
-    again = {row.patient: row.split for row in finetune.assign(Config(), [replace(r, split='') for r in reversed(rows)], [])}
-    assert parts == again and parts != {
-        r.patient: r.split for r in finetune.assign(Config(seed=1), [replace(r, split='') for r in rows], [])}
+
+    def parts(rows, seed=0):
+        return {row.patient: row.split for row in finetune.assign(Config(seed=seed), rows, [])}
+
+    backwards, fresh = ([replace(row) for row in part] for part in (rows[::-1], rows))
+    assert parts(rows) == parts(backwards) != parts(fresh, seed=1)
     of = {split: [row for row in rows if row.split == split] for split in ('train', 'val', 'test')}
     assert [len(of[s]) for s in ('train', 'val', 'test')] == [256, 64, 80]
     assert sum(row.label for row in of['test']) == 8        # a fifth of the 40 positive patients
@@ -425,7 +431,8 @@ def test_splits_that_cannot_be_learnt_from_are_refused(change, words):
 
 def test_views_stand_in_the_order_of_dbt_dino_and_missing_ones_are_named():
     rows = [Row(f'{side}{view}', 1, 'p', exam, side, view, 'train') for exam in ('e1', 'e2') for side in 'LR'
-            for view in ('MLO', 'CC') if (exam, side, view) != ('e2', 'L', 'CC')] + [Row('x', 1, 'p', 'e1', 'L', 'AT', 'train')]
+            for view in ('MLO', 'CC') if (exam, side, view) != ('e2', 'L', 'CC')]
+    rows.append(Row('x', 1, 'p', 'e1', 'L', 'AT', 'train'))
     notes = []
     cfg = Config(level='exam', pool='cls_mean')
     units = finetune.units_of(cfg, rows, notes)
@@ -445,7 +452,8 @@ def test_blank_views_and_mixed_lesion_types_are_told():
         finetune.units_of(Config(level='breast'), [Row('a', 1, 'p', 'p')], [])
     rows = [Row(view, label, 'p', 'p', 'L', view) for label, view in enumerate(('CC', 'MLO'))]
     notes = []
-    assert finetune.units_of(Config(level='breast', task='lesion_type'), rows, notes) == [] and '1 breasts hold' in notes[0]
+    assert finetune.units_of(Config(level='breast', task='lesion_type'), rows, notes) == []
+    assert '1 breasts hold lesions of several types' in notes[0]
     assert finetune.units_of(Config(level='breast', task='birads'), rows, [])[0].target == 1
 
 
@@ -475,10 +483,11 @@ def test_streamed_statistics_are_those_of_all_tokens_at_once(files, group, capsy
     _, images, _ = finetune.Images(cfg, rows, 28)[12]
     with torch.no_grad():
         cls, patches = encoder(finetune.pixels(images, 'cpu'))
+        single = encoder(finetune.pixels(finetune.Images(cfg, rows, 28)[0][1], 'cpu'))[0]
     tokens = patches.flatten(0, 1)                                                      # (7 * 4, D)
     for mine, whole in zip(got[12], (cls.mean(0), tokens.mean(0), cls.std(0), tokens.std(0))):
         assert mine == pytest.approx(whole.numpy(), abs=1e-5)
-    assert got[0][0].numpy() == pytest.approx(encoder(finetune.pixels(finetune.Images(cfg, rows, 28)[0][1], 'cpu'))[0][0].detach().numpy(), abs=1e-5)
+    assert got[0][0] == pytest.approx(single[0].numpy(), abs=1e-5) and (got[0][2] < 1e-5).all()
 
 
 def test_slices_are_evenly_spaced_and_a_frame_is_itself(files):
@@ -545,7 +554,8 @@ def test_neighbours_vote_by_cosine_and_their_shares_sum_to_one():
     x = torch.eye(4).repeat_interleave(3, 0) + 0.01
     head = finetune.Neighbours(x, torch.arange(4).repeat_interleave(3), 5, 3)
     p = head(torch.eye(4)).softmax(-1)
-    assert p.argmax(1).tolist() == [0, 1, 2, 3] and p.sum(1).tolist() == pytest.approx([1] * 4) and (p[:, 4] < 1e-6).all()
+    assert p.argmax(1).tolist() == [0, 1, 2, 3] and (p[:, 4] < 1e-6).all()
+    assert p.sum(1).tolist() == pytest.approx([1] * 4)
 
 
 @pytest.mark.parametrize('flags, words', [
@@ -563,8 +573,10 @@ def test_what_cannot_work_is_refused_at_once(flags, words):
 def test_defaults_follow_the_papers():
     linear, mlp, risk = (resolved(Config(head=head, task=task)) for head, task in (
         ('linear', 'density'), ('mlp', 'cancer'), ('hazard', 'risk')))
-    assert (linear.freeze, linear.epochs, linear.pool, linear.wd, linear.batch) == (True, 75, 'patch_mean_std', 1e-4, 64)
-    assert (mlp.freeze, mlp.pool) == (False, 'cls_mean') and (risk.epochs, risk.level, risk.freeze) == (100, 'exam', True)
+    assert (linear.freeze, linear.epochs, linear.pool) == (True, 75, 'patch_mean_std')
+    assert (linear.wd, linear.batch, linear.draws) == (1e-4, 64, 1000)
+    assert (mlp.freeze, mlp.pool) == (False, 'cls_mean')
+    assert (risk.epochs, risk.level, risk.freeze) == (100, 'exam', True)
     assert finetune.SLOTS['exam'] == ('RCC', 'LCC', 'RMLO', 'LMLO')
 
 
@@ -675,8 +687,8 @@ def tuned(exams, encoder, tmp_path_factory):
 
 
 def test_finetuning_moves_the_encoder_and_learns(tuned, encoder):
-    before, after = vit.load(encoder), vit.load(tuned / 'last.pt')
-    moved = {name: (a - b).abs().max().item() for (name, a), b in zip(after.state_dict().items(), before.state_dict().values())}
+    before, after = vit.load(encoder).state_dict(), vit.load(tuned / 'last.pt').state_dict()
+    moved = {name: (after[name] - before[name]).abs().max().item() for name in before}
     assert moved['blocks.0.attn.qkv.weight'] > 1e-5 and moved['mask_token'] == 0
     r, values = results(tuned)
     assert values['AUC'] > 0.9 and r['config']['level'] == 'breast' and r['config']['freeze'] is False
@@ -696,12 +708,14 @@ def test_fractions_subgroups_and_a_row_for_dinov2(exams, encoder, tmp_path, caps
         tmp_path / 'run', *FAST, '--cache', tmp_path / 'cache', '--fraction', '0.5', '1.0', '--subgroup', 'Age')
     text = capsys.readouterr().out
     r, _ = results(tmp_path / 'run')
-    assert list(r['results']) == ['random init', 'DINOv2', 'pretrained'] and list(r['results']['DINOv2']) == ['0.5', '1']
-    assert set(r['subgroups']) <= {'<50', '50-60', '60-70', '70+'} and sum(g['n'] for g in r['subgroups'].values()) == r['n']
-    assert 'pretrained, 50%' in text and 'DINOv2 - random init: AUC' in text and (tmp_path / 'run' / 'fraction.png').exists()
+    assert list(r['results']) == ['random init', 'DINOv2', 'pretrained']
+    assert list(r['results']['DINOv2']) == ['0.5', '1'] and (tmp_path / 'run' / 'fraction.png').exists()
+    assert set(r['subgroups']) <= {'<50', '50-60', '60-70', '70+'}
+    assert sum(g['n'] for g in r['subgroups'].values()) == r['n']
+    assert 'pretrained, 50%' in text and 'DINOv2 - random init: AUC' in text
     with pytest.raises(ValueError, match='--subgroup race: no such column; found path, patient'):
-        cli('--root', exams, '--task', 'cancer', '--head', 'knn', '--encoder', encoder, '--out', tmp_path / 'two', *FAST,
-            '--cache', tmp_path / 'cache', '--subgroup', 'race')
+        cli('--root', exams, '--task', 'cancer', '--head', 'knn', '--encoder', encoder, '--out', tmp_path / 'two',
+            *FAST, '--cache', tmp_path / 'cache', '--subgroup', 'race')
 
 
 def test_compare_tests_equal_units_and_adjusts_all_p_values(risk, tuned, exams, encoder, tmp_path, capsys):
@@ -749,10 +763,10 @@ def test_predict_repeats_the_predictions_of_the_run(exams, encoder, tmp_path, ca
 
 
 @pytest.mark.parametrize('spoil, words', [
-    (lambda lines: [lines[0], *(line.replace('|a|', '|x|') for line in lines[1:])], "density 'x' is none of a, b, c, d"),
+    (lambda lines: [line.replace('|a|', '|x|') for line in lines], "density 'x' is none of a, b, c, d"),
     (lambda lines: [lines[0].replace('density', 'class'), *lines[1:]], 'no column label or density'),
     (lambda lines: lines[:1], 'a header and no rows'),
-    (lambda lines: [lines[0], *('gone/' + line for line in lines[1:])], 'are not there and take no part, the first: .*gone')])
+    (lambda lines: [lines[0], *('gone/' + line for line in lines[1:])], 'are not there .*, the first: .*gone')])
 def test_bad_manifests_are_refused_in_one_sentence(spoil, words, exams, encoder, tmp_path):
     lines = [line.replace(',', '|') for line in (exams / 'manifest.csv').read_text().splitlines()]
     write(tmp_path / 'manifest.csv', spoil(lines))
