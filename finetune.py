@@ -164,6 +164,8 @@ def resolved(cfg, ranks=1):
     wrong += [f'--{name} {getattr(cfg, name)} must not be negative' for name in (
         'seed', 'size', 'slices', 'workers', 'max_bad', 'epochs', 'search', 'wd', 'phantoms') if getattr(cfg, name) < 0]
     wrong += [f'--fraction {share} must lie above 0 and at most at 1' for share in cfg.fraction if not 0 < share <= 1]
+    if cfg.epochs == 0 and cfg.head != 'knn':
+        wrong.append('--epochs 0 trains nothing')
     if not freeze and cfg.batch % ranks:
         wrong.append(f'--batch {cfg.batch} does not divide among {ranks} ranks')
     if not freeze and cfg.search:
@@ -209,9 +211,11 @@ def delong(y, s1, s2):
     a1, a2 = auc(y, s1), auc(y, s2)
     if math.isnan(a1):
         return a1, a2, math.nan
+    if np.array_equal(stats.rankdata(s1), stats.rankdata(s2)):
+        return a1, a2, 1.0
     covariance = _delong(y, (s1, s2))[1]
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
-    if variance < 1e-18:                                    # equal scores, or both perfect
+    if variance < 1e-18:                                    # both separate the classes, the one or the other way
         return a1, a2, float(a1 == a2)
     return a1, a2, float(2 * stats.norm.sf(abs(a1 - a2) / math.sqrt(variance)))
 
@@ -282,7 +286,7 @@ def in_year(y, mask):
 
 def yearly_auc(y, mask, p):
     """AUROC of each year (T,) under censoring: y 0 or 1 (cancer by then), mask 1 where observed, p, all (n, T)."""
-    y, p, use = np.asarray(y) > 0, np.asarray(p), in_year(y, mask)
+    y, p, use = np.asarray(y) > 0, np.asarray(p), in_year(y, mask)                      # (n, T) each
     return np.array([auc(y[use[:, t], t], p[use[:, t], t]) for t in range(y.shape[1])])
 
 
@@ -343,11 +347,10 @@ def hazard_loss(H, y, mask, weight=None):
 
     H (B, T) cumulative hazards above 0, y (B, T) 0 or 1, mask (B, T) 1 where observed. Exams never observed count not.
     """
-    H = H.double() if y.dtype == torch.float64 else H.float()
-    y, mask = y.to(H.dtype), mask.to(H.dtype)
+    H, y, mask = H.double(), y.double(), mask.double()
     each = (1 - y) * H - y * torch.log(-torch.expm1(-H.clamp_min(1e-30)))               # (B, T)
     seen = mask.sum(-1)
-    weight = (seen > 0).to(H.dtype) * (1 if weight is None else weight)
+    weight = (seen > 0).double() * (1 if weight is None else weight)
     return ((each * mask).sum(-1) / seen.clamp_min(1) * weight).sum() / weight.sum().clamp_min(1e-30)
 
 
@@ -365,6 +368,7 @@ class Row:
     split: str = ''                                         # train, val or test
     frame: int | None = None                                # None: every slice of the file
     record: dict = field(default_factory=dict)              # its line of the label file, for --subgroup
+    readable: bool = True                                   # until its file turns out not to be
 
 
 REFUSED = {
@@ -407,8 +411,7 @@ def table(path, *columns):
 def _xlsx(stem, sheet=None):
     """The cells of one sheet, the first by default, as lists of strings. An .xlsx is a zip of XML files: sheets hold
     numbers, or indices into one list of strings."""
-    path, main = f'{stem}.xlsx', '{http://schemas.openxmlformats.org/spreadsheetml/2006/main}'
-    link = '{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id'
+    path = f'{stem}.xlsx'
     try:
         with zipfile.ZipFile(path) as book:
             if sum(part.file_size for part in book.infolist()) > 200_000_000:
@@ -417,31 +420,30 @@ def _xlsx(stem, sheet=None):
             def xml(name):
                 return ElementTree.fromstring(book.read(name))
 
+            def text(element):
+                return ''.join(t.text or '' for t in element.findall('.//{*}t'))
+
             shared = 'xl/sharedStrings.xml'
-            strings = [''.join(t.text or '' for t in item.iter(f'{main}t')) for item in xml(shared)] \
-                if shared in book.namelist() else []
-            sheets = {s.get('name').strip(): s.get(link) for s in xml('xl/workbook.xml').iter(f'{main}sheet')}
-            if sheet is not None and sheet not in sheets:
-                raise ValueError(f"no sheet {sheet!r}; found {', '.join(sheets)}")
+            strings = [text(item) for item in xml(shared)] if shared in book.namelist() else []
+            links = {s.get('name').strip(): next(v for k, v in s.items() if k.endswith('}id'))
+                     for s in xml('xl/workbook.xml').findall('.//{*}sheet')}
+            if sheet is not None and sheet not in links:
+                raise ValueError(f"no sheet {sheet!r}; found {', '.join(links)}")
             targets = {r.get('Id'): r.get('Target') for r in xml('xl/_rels/workbook.xml.rels')}
-            target = targets[sheets[sheet] if sheet is not None else next(iter(sheets.values()))]
+            target = targets[links[sheet] if sheet is not None else list(links.values())[0]]
             lines = []
-            for line in xml(target.lstrip('/') if target.startswith('/') else f'xl/{target}').iter(f'{main}row'):
+            for line in xml(target.lstrip('/') if target.startswith('/') else f'xl/{target}').findall('.//{*}row'):
                 cells = {}
-                for cell in line.iter(f'{main}c'):
-                    value = cell.findtext(f'{main}v') or ''
-                    if cell.get('t') == 's':
-                        value = strings[int(value)]
-                    elif cell.get('t') == 'inlineStr':
-                        value = ''.join(t.text or '' for t in cell.iter(f'{main}t'))
-                    letters = re.match('[A-Z]+', cell.get('r'))[0]
-                    cells[int(''.join(str(ord(c) - 64).zfill(2) for c in letters))] = value
+                for cell in line.findall('{*}c'):
+                    value = text(cell) if cell.get('t') == 'inlineStr' else cell.findtext('{*}v') or ''
+                    column = re.match('[A-Z]+', cell.get('r'))[0]
+                    cells[len(column), column] = strings[int(value)] if cell.get('t') == 's' else value
                 lines.append(cells)
     except FileNotFoundError:
         raise ValueError(f'{path}: no such file; --root is the folder that holds it') from None
-    except (ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile, ElementTree.ParseError) as problem:
+    except (ValueError, LookupError, TypeError, StopIteration, zipfile.BadZipFile, ElementTree.ParseError) as problem:
         raise ValueError(f'{path}: not a readable .xlsx ({problem}); export it as CSV') from None
-    columns = sorted(lines[0]) if lines else []
+    columns = sorted(lines[0]) if lines else []                                         # A … Z, AA …
     return [[line.get(column, '') for column in columns] for line in lines if line]
 
 
@@ -454,7 +456,8 @@ def _prepared(cfg, path):
     """Where a file of --root lies: below --images under the name `mask.py prepare` gave it, or itself."""
     if cfg.images is None or Path(path).is_relative_to(cfg.images):
         return path
-    mirror = Path(cfg.images) / os.path.relpath(path, cfg.root)
+    root = Path(cfg.root) if os.path.isdir(cfg.root) else Path(cfg.root).parent
+    mirror = Path(cfg.images) / os.path.relpath(path, root)
     named = mirror.suffix.lower() in mask.SUFFIXES
     prepared = mirror.with_suffix('.npy') if named else Path(f'{mirror}.npy')
     return str(mirror if mirror.exists() else prepared)
@@ -472,9 +475,9 @@ def _number(text):
 
 def rsna(cfg):
     """RSNA 2022 (Kaggle): train.csv, train_images/<patient>/<image>.dcm. One label per breast, copied to each image.
-    BI-RADS is 0, 1, 2 on half of the images, and 0 (recalled) gives cancer away; density is blank for site 2."""
+    BI-RADS is 1, 2 or 0 (recalled, which gives cancer away) on half of the images; density is blank for site 2."""
     column = dict(cancer='cancer', birads='BIRADS', density='density')[cfg.task]
-    classes = dict(cancer=('0', '1'), birads=('0', '1', '2'), density=('A', 'B', 'C', 'D'))[cfg.task]
+    classes = dict(cancer=('0', '1'), birads=('1', '2', '0'), density=tuple('ABCD'))[cfg.task]
     records = table(Path(cfg.root) / 'train.csv', 'patient_id', 'image_id', 'laterality', 'view', column)
     return classes, [Row(f"{cfg.root}/train_images/{r['patient_id']}/{r['image_id']}.dcm", _number(r[column]) or None,
                          r['patient_id'], r['patient_id'], r['laterality'], r['view'], record=r) for r in records]
@@ -496,13 +499,14 @@ def vindr(cfg):
             if categories and f['xmin']:
                 area = (float(f['xmax']) - float(f['xmin'])) * (float(f['ymax']) - float(f['ymin']))
                 largest[f['image_id']] = max(largest[f['image_id']], (area, categories[0]), key=lambda x: x[0])
-    positive = {'birads5': '5', 'birads45': '45'}.get(cfg.cancer_rule, '')
+    suspicious = {'birads5': '5', 'birads45': '45'}.get(cfg.cancer_rule, '')
 
     def label(r):
         grade = r['breast_birads'].removeprefix('BI-RADS ')
         finding = largest[r['image_id']][1]
         return dict(birads=grade, density=r['breast_density'].removeprefix('DENSITY '), lesion_type=finding,
-                    cancer=str(int(grade in positive)), lesion=str(int(finding is not None)))[cfg.task] or None
+                    cancer=grade and str(int(grade in suspicious)),
+                    lesion=str(int(finding is not None)))[cfg.task] or None
 
     rows = [Row(f"{cfg.root}/images/{r['study_id']}/{r['image_id']}.dicom", label(r), r['study_id'], r['study_id'],
                 r['laterality'], r['view_position'], r['split'].removesuffix('ing'), record=r) for r in records]
@@ -515,6 +519,7 @@ def ddsm(cfg):
     calcification is `both`. Found by its folder, Mass-Training_P_00001_LEFT_CC, or by its series UID: the other UIDs
     changed when the archive was packed again, and the ROI columns, which may be swapped, are not needed."""
     sides, films, missing = dict(LEFT='L', RIGHT='R'), defaultdict(list), []
+    verdicts = dict(MALIGNANT='1', BENIGN='0', BENIGN_WITHOUT_CALLBACK='0')
     for kind in ('mass', 'calc'):
         for split in ('train', 'test'):
             path = Path(cfg.root) / f'{kind}_case_description_{split}_set.csv'
@@ -525,13 +530,14 @@ def ddsm(cfg):
             for r in table(path, 'patient_id', density, 'left or right breast', 'image view', 'abnormality type',
                            'assessment', 'pathology', 'image file path'):
                 r['density'] = '' if r[density] == '0' else r[density]
-                films[split, r['patient_id'], sides[r['left or right breast']], r['image view']].append(r)
+                side = r['left or right breast']
+                films[split, r['patient_id'], sides.get(side.upper(), side), r['image view']].append(r)
     if len(missing) == 4:
         raise ValueError(f'{cfg.root}: none of the four case_description CSVs of CBIS-DDSM, such as {missing[0]}')
 
     def label(found):
         kinds = {'calcification' if r['abnormality type'].startswith('calc') else 'mass' for r in found}
-        return dict(cancer=str(int(any(r['pathology'] == 'MALIGNANT' for r in found))),
+        return dict(cancer=max(verdicts.get(r['pathology'], r['pathology']) for r in found),
                     birads=max(r['assessment'] for r in found), density=max(r['density'] for r in found),
                     lesion_type='both' if len(kinds) == 2 else kinds.pop())[cfg.task] or None
 
@@ -571,8 +577,8 @@ def cmmd(cfg):
             tqdm.write(f'skipped: {path}: no laterality and view ({type(problem).__name__})', file=sys.stderr)
             continue
         r = listed.get((patient, side))
-        label = dict(cancer=r and str(int(r['classification'] == 'Malignant')), lesion=str(int(r is not None)),
-                     lesion_type=r and r['abnormality'])[cfg.task]
+        label = dict(cancer=r and dict(Malignant='1', Benign='0').get(r['classification'], r['classification']),
+                     lesion=str(int(r is not None)), lesion_type=r and r['abnormality'])[cfg.task] or None
         if r is None and cfg.task == 'cancer' and cfg.cancer_rule == 'unlisted':
             label = '0'
         if any(patient in pair for pair in CMMD_TWINS):
@@ -591,16 +597,18 @@ def cesm(cfg):
     split = {r[name]: part for part in ('train', 'test') if (root / f'{part}ing_set_pathology.csv').exists()
              for r in table(root / f'{part}ing_set_pathology.csv', name)}
     images = defaultdict(list)
-    for r in table(root / 'Radiology manual annotations.xlsx:all', name, 'Patient_ID', 'Side', 'Type', 'View', 'BIRADS',
+    sheet = next(root.glob('Radiology?manual?annotations.xlsx'), root / 'Radiology manual annotations.xlsx')
+    for r in table(f'{sheet}:all', name, 'Patient_ID', 'Side', 'Type', 'View', 'BIRADS',
                    'Breast density (ACR)', verdict):
         if r['Type'] == 'DM':
             images[r[name]].append(r)
 
     def label(found):
         grades = [_number(g) for r in found for g in r['BIRADS'].split('$') if g.strip()]
-        return dict(cancer=str(int(any(r[verdict] == 'Malignant' for r in found))),
-                    lesion=str(int(any(r[verdict] != 'Normal' for r in found))),
-                    density=found[0]['Breast density (ACR)'].upper(),
+        worst = max((r[verdict] for r in found), key=lambda v: ('Normal', 'Benign', 'Malignant', v).index(v))
+        return dict(cancer=dict(Normal='0', Benign='0', Malignant='1').get(worst, worst),
+                    lesion=dict(Normal='0', Benign='1', Malignant='1').get(worst, worst),
+                    density=found[0]['Breast density (ACR)'].upper().strip('_'),
                     birads='' if '6' in grades else max(grades, default=''))[cfg.task] or None
 
     rows = [Row(files.get(image, f"{root}/Low energy images of CDD-CESM/{image}.jpg"), label(found),
@@ -644,7 +652,8 @@ def manifest(cfg):
 
     def label(number, r):
         if cfg.task != 'risk':
-            return r[column].lower() if cfg.task == 'density' and not cfg.classes else r[column] or None
+            value = r[column].lower() if cfg.task == 'density' and not cfg.classes else r[column]
+            return value or None
         try:
             seen = follow_up(float(r['years_to_cancer'] or math.inf), float(r['years_followup'] or 0))
             return seen and np.where(seen[1], seen[0], -1)
@@ -686,7 +695,7 @@ def load(cfg):
         notes.append(f'{total - len(rows)} of {total} images have no {cfg.task} label and take no part')
     for row in rows:
         if cfg.task != 'risk':
-            if row.label not in classes or cfg.task == 'birads' and row.label not in '0123456':
+            if row.label not in classes or cfg.task == 'birads' and row.label not in tuple('0123456'):
                 raise ValueError(f"{row.path}: {cfg.task} {row.label!r} is none of {', '.join(classes)}")
             row.label = classes.index(row.label)
         row.path = _prepared(cfg, row.path)
@@ -734,11 +743,6 @@ def assign(cfg, rows, notes):
             taken = {p for group in _by_label(pool, cfg.seed) for p in group[:round(0.2 * len(group))]}
             for row in pool:
                 row.split = split if row.patient in taken else 'train'
-    for split in ('train', 'val', 'test'):
-        found = {int(np.max(row.label)) for row in rows if row.split == split}
-        if len(found) < 2:
-            raise ValueError(f'the {split} split holds one class only, so there is nothing to tell apart' if found else
-                             f'the {split} split is empty')
     return rows
 
 
@@ -755,7 +759,7 @@ class Unit:
 
 def units_of(cfg, rows, notes):
     """Rows -> units. A breast or exam takes its highest label, and no part where the types of its lesions differ."""
-    slots, groups, others = SLOTS[cfg.level], defaultdict(list), Counter()
+    slots, groups, others = SLOTS[cfg.level], defaultdict(list), Counter()              # groups: name -> rows
     for i, row in enumerate(rows):
         slot = dict(image='image', breast=row.view, exam=row.laterality + row.view)[cfg.level]
         if cfg.level != 'image' and not (row.view and row.laterality):
@@ -764,8 +768,9 @@ def units_of(cfg, rows, notes):
             others[row.view] += 1
             continue
         frame = '' if row.frame is None else f'#{row.frame}'
-        key = dict(image=row.path + frame, breast=f'{row.exam} {row.laterality}', exam=row.exam)[cfg.level]
-        groups[key].append((i, slots.index(slot)))
+        exam = row.exam if row.exam == row.patient else f'{row.patient} {row.exam}'     # 1, 2, … in some label files
+        name = dict(image=row.path + frame, breast=f'{exam} {row.laterality}', exam=exam)[cfg.level]
+        groups[name].append((i, slots.index(slot)))
     if others:
         counted = ', '.join(f'{view} {n}' for view, n in others.most_common())
         notes.append(f'images of other views take no part at {cfg.level} level: {counted}')
@@ -778,19 +783,26 @@ def units_of(cfg, rows, notes):
             units.append(Unit(name, row.patient, row.split, max(labels, key=np.max), members, row.record))
     if mixed:
         notes.append(f'{mixed} {cfg.level}s hold lesions of several types and take no part')
-    lacking = Counter(slots[v] for unit in units for v in set(range(len(slots))) - {slot for _, slot in unit.rows})
-    if lacking:
-        counted = ', '.join(f'{view} {n}' for view, n in lacking.items())
-        notes.append(f'missing views ({counted}) are replaced by the mean of the others of their {cfg.level}; '
-                     'metrics.json names them')
     return units
 
 
-def missing_views(cfg, units):
-    """{unit: [views it lacks]}"""
+def parted(units):
+    """-> {split: units}; ValueError where a split holds nothing to learn from or to tell apart."""
+    parts = {split: [unit for unit in units if unit.split == split] for split in ('train', 'val', 'test')}
+    for split, part in parts.items():
+        found = {int(np.max(unit.target)) for unit in part}
+        if len(found) < 2:
+            raise ValueError(f'the {split} split holds one class only, so there is nothing to tell apart' if found else
+                             f'the {split} split is empty')
+    return parts
+
+
+def missing_views(cfg, rows, units):
+    """{unit: [views of which it has no readable file]}"""
     slots = SLOTS[cfg.level]
-    lacks = {unit.name: [s for v, s in enumerate(slots) if v not in {slot for _, slot in unit.rows}] for unit in units}
-    return {name: views for name, views in lacks.items() if views}
+    lacks = {unit.name: [view for slot, view in enumerate(slots) if slot not in {
+        s for i, s in unit.rows if rows[i].readable}] for unit in units}
+    return {name: views for name, views in lacks.items() if 0 < len(views) < len(slots)}
 
 
 def share_of(units, share, seed):
@@ -926,9 +938,11 @@ def features(cfg, encoder, rows, device, wanted, cache=True):
     for part in everyone:
         for i, value in part.items():
             out[i] = value
-    bad = len(wanted) - sum(map(len, everyone))
-    if bad == len(wanted) or len(wanted) >= 100 and bad > cfg.max_bad * len(wanted):
-        raise ValueError(f'{bad} of {len(wanted)} files are unusable, --max_bad is {cfg.max_bad}; names are above')
+    bad = [i for i in wanted if np.isnan(out[i, 0, 0])]
+    for i in bad:
+        rows[i].readable = False
+    if len(bad) == len(wanted) or len(wanted) >= 100 and len(bad) > cfg.max_bad * len(wanted):
+        raise ValueError(f'{len(bad)} of {len(wanted)} files are unusable, --max_bad is {cfg.max_bad}; names are above')
     return torch.from_numpy(out)
 
 
@@ -1012,18 +1026,18 @@ def probabilities(cfg, outputs):
 
 
 def class_weights(cfg, targets):
-    """Weights of the units (n,) so that every class, or exams with and without cancer, counts the same: an unbiased
-    stand-in for DBT-DINO's balanced sampler and balanced validation set (6.2.2)."""
+    """Weights of the units (n,), 1 on average, so that every class, or exams with and without cancer, counts the same
+    over the set: instead of DBT-DINO's balanced sampler and balanced validation set (6.2.2)."""
     kind = targets.amax(1) if cfg.task == 'risk' else targets
-    count = torch.bincount(kind).clamp_min(1)
+    count = torch.bincount(kind)
     return (len(kind) / (count > 0).sum() / count)[kind] if cfg.balance else torch.ones(len(kind))
 
 
 def criterion(cfg, outputs, targets, weight):
-    """Weighted mean of the hazard loss or the cross-entropy: outputs (B, C or T), targets (B,) or (B, T)."""
+    """Mean over the units of weight * hazard loss or cross-entropy: outputs (B, C or T), targets (B,) or (B, T)."""
     if cfg.task == 'risk':
-        return hazard_loss(outputs, (targets > 0).float(), (targets >= 0).float(), weight)
-    return (F.cross_entropy(outputs.float(), targets, reduction='none') * weight).sum() / weight.sum()
+        return hazard_loss(outputs, targets > 0, targets >= 0, weight) * weight.sum() / len(weight)
+    return (F.cross_entropy(outputs.float(), targets, reduction='none') * weight).mean()
 
 
 def cosine(step, steps, start, end, warmup=0):
@@ -1121,22 +1135,22 @@ def collated(items, views):
             if not reason:
                 place.append(b * views + slot)
                 stack.append(images)
-    if not stack:
-        raise ValueError(f'none of the files of {len(items)} units in a row can be read; their names are above')
+    there = torch.zeros(len(items)).index_fill(0, torch.tensor(place, dtype=torch.long) // views, 1)
+    if not stack:                                           # nothing readable: a blank that weighs nothing
+        place, stack = [0], [np.zeros((1, *items[0][1][0][1].shape[1:]), np.uint8)]
     owner = torch.arange(len(stack)).repeat_interleave(torch.tensor([len(images) for images in stack]))
     place = torch.tensor(place)
-    there = torch.zeros(len(items)).index_fill(0, place // views, 1)
     return [u for u, _ in items], there, np.concatenate(stack), owner, place
 
 
-def finetune(cfg, encoder, head, rows, train, val, device):
-    """Encoder and head together (MammoDINO 3.3): AdamW, layer-wise decay, a tenth of warm-up, cosine. Leaves in both
-    the weights of the epoch with the least validation loss. -> that loss."""
+def finetune(cfg, encoder, head, rows, train, val, device, decay):
+    """Encoder and head together (MammoDINO 3.3): AdamW, learning rates that fall by `decay` per block, a tenth of
+    warm-up, cosine. Leaves in both the weights of the epoch with the least validation loss. -> that loss."""
     rank, ranks, amp = dist.get_rank(), dist.get_world_size(), half(cfg, device)
     views, share = len(SLOTS[cfg.level]), cfg.batch // dist.get_world_size()
     network = Network(cfg, encoder, head).to(device)
     ddp = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == 'cuda' else None)
-    optimizer = torch.optim.AdamW(vit.param_groups(network, cfg.lr, cfg.wd, cfg.layer_decay))
+    optimizer = torch.optim.AdamW(vit.param_groups(network, cfg.lr, cfg.wd, decay))
     y, y_val = targets(train), targets(val)
     weight = class_weights(cfg, y)
     steps = list(orders(cfg, len(train)))
@@ -1156,7 +1170,7 @@ def finetune(cfg, encoder, head, rows, train, val, device):
             with contextlib.nullcontext() if start + cfg.micro_batch >= share else ddp.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     outputs = ddp(pixels(images, device), owner.to(device), place.to(device), len(unit))
-                loss = criterion(cfg, outputs, y[unit].to(device), w.to(device)) * w.sum() / share
+                loss = criterion(cfg, outputs, y[unit].to(device), w.to(device)) * len(unit) / share
                 loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
         optimizer.step()
@@ -1191,12 +1205,12 @@ SMALL = dict(size=84, width=128, depth=4, heads=4)          # the demo of pretra
 
 
 def encoders(cfg):
-    """-> {name: a function that makes the encoder}, random weights of the same shape first: with a strong head they go
-    far, so that a result alone says little (an independent reproduction measured AUROC .72)."""
-    path, shape, scale = Path(cfg.encoder), dict(SMALL), 1.0
+    """-> {name: a function that makes the encoder}. Random weights of the same shape come first: with a strong head
+    they go far. Their LayerScale is 1, whatever pretraining starts from: at DINOv2's 1e-5 every block of a random
+    network is the identity, and beating that is no feat."""
+    path, shape = Path(cfg.encoder), SMALL
     if path.exists():
         shape = vit.load(path).config
-        scale = torch.load(path, map_location='cpu', weights_only=True).get('config', {}).get('layerscale', 1e-5)
     elif cfg.encoder != Config.encoder:
         raise ValueError(f'{path}: no such file; --encoder takes a last.pt of pretrain.py or the official DINOv2 file')
     elif dist.get_rank() == 0:
@@ -1204,7 +1218,7 @@ def encoders(cfg):
 
     def random():
         torch.manual_seed(cfg.seed)
-        return vit.ViT(**shape, layerscale=scale).eval()
+        return vit.ViT(**shape, layerscale=1.0).eval()
 
     makers = {'random init': random}
     if cfg.dinov2:
@@ -1214,9 +1228,9 @@ def encoders(cfg):
     return makers
 
 
-def trained(cfg, encoder, rows, stats, classes, train, val, device):
+def trained(cfg, encoder, rows, stats, classes, train, val, device, decay):
     """One head on one encoder -> (head, what the search tried). `stats` are the frozen features, None when the encoder
-    is finetuned as well."""
+    is finetuned as well, with layer-wise `decay`."""
     outputs = YEARS if cfg.task == 'risk' else len(classes)
     width = len(SLOTS[cfg.level]) * len(POOLS[cfg.pool]) * encoder.config['width']
 
@@ -1226,7 +1240,7 @@ def trained(cfg, encoder, rows, stats, classes, train, val, device):
     if not cfg.freeze:
         torch.manual_seed(cfg.seed)
         head = make().to(device)
-        return head, {f'{cfg.lr:.3g}': finetune(cfg, encoder, head, rows, train, val, device)}
+        return head, {f'{cfg.lr:.3g}': finetune(cfg, encoder, head, rows, train, val, device, decay)}
     (x, y), (x_val, y_val) = (frozen(cfg, part, stats) for part in (train, val))
     if cfg.head == 'knn':
         return Neighbours(x, y, outputs, cfg.neighbours), {}
@@ -1263,7 +1277,7 @@ def decided(cfg, result):
 def youden(y, s):
     """The threshold with the largest sensitivity + specificity, for `s >= threshold`; chosen on validation."""
     fpr, tpr, thresholds = roc(y, s)
-    return float(thresholds[np.argmax(tpr - fpr)])
+    return float(thresholds[1 + np.argmax((tpr - fpr)[1:])])                            # not the one above all scores
 
 
 def roc(y, s):
@@ -1276,7 +1290,8 @@ def roc(y, s):
 
 
 def metrics(cfg, classes, threshold):
-    """{name: metric(y, p)}; the first is the one that runs are compared by. y (n,), p (n, C); risk: (n, T) both."""
+    """{name: metric(y, p)}; the first is the one that runs are compared by. y (n,), p (n, C); risk: (n, T) both, and
+    the mean is over the years in which it is defined."""
     C = len(classes)
 
     def at(y, p, kind):
@@ -1288,13 +1303,15 @@ def metrics(cfg, classes, threshold):
             return auc(y[use, t], p[use, t])
 
         years = {f'year {t + 1}': lambda y, p, t=t: year(y, p, t) for t in range(YEARS)}
-        return {'mean AUROC': lambda y, p: yearly_auc(y, y >= 0, p).mean()} | years
+        return {'mean AUROC': lambda y, p: np.mean([a for a in yearly_auc(y, y >= 0, p) if a == a] or math.nan)} | years
     if cfg.task in BINARY:
         return {'AUC': lambda y, p: auc(y, p[:, 1]), 'sensitivity': lambda y, p: at(y, p, 1),
                 'specificity': lambda y, p: at(y, p, 0)}
     out = {'accuracy': lambda y, p: (p.argmax(1) == y).mean(), 'macro F1': lambda y, p: f1(y, p.argmax(1), C),
            'macro AUC': lambda y, p: np.mean([auc(y == c, p[:, c]) for c in range(C)])}
-    return out | ({'kappa': lambda y, p: kappa(y, p.argmax(1), C)} if cfg.task in ORDERED else {})
+    if cfg.task in ORDERED and '0' not in classes:          # BI-RADS 0, incomplete, has no place in the order
+        out['kappa'] = lambda y, p: kappa(y, p.argmax(1), C)
+    return out
 
 
 def measured(cfg, table, y, p, patients):
@@ -1308,14 +1325,18 @@ def measured(cfg, table, y, p, patients):
     return out
 
 
-def run(cfg, device):
-    """One data set and task: every encoder on every fraction of the training patients -> table, files, pictures."""
+def run(cfg, device, again=False):
+    """One data set and task: every encoder on every fraction of the training patients -> table, files, pictures.
+    `again` may overwrite an earlier run."""
     out = Path(cfg.out)
-    if (out / 'metrics.json').exists() and not cfg.out.startswith(DEMO['out']):
+    if (out / 'metrics.json').exists() and not again:
         raise ValueError(f'{out} holds a run; choose another --out')
     rows, classes, notes = load(cfg)
     units = units_of(cfg, rows, notes)
-    parts = {split: [unit for unit in units if unit.split == split] for split in ('train', 'val', 'test')}
+    columns = {name.lower(): name for unit in units for name in unit.record}
+    if cfg.subgroup and cfg.subgroup.lower() not in columns:
+        raise ValueError(f"--subgroup {cfg.subgroup}: no such column; found {', '.join(columns.values())}")
+    parts = parted(units)
     if dist.get_rank() == 0:
         introduce(cfg, parts, classes, notes)
     results = {}
@@ -1325,8 +1346,8 @@ def run(cfg, device):
             stats = features(cfg, encoder, rows, device, {i for unit in units for i, _ in unit.rows})
         for share in cfg.fraction:
             encoder = encoder if cfg.freeze else make().to(device)
-            train = share_of(parts['train'], share, cfg.seed)
-            head, tried = trained(cfg, encoder, rows, stats, classes, train, parts['val'], device)
+            head, tried = trained(cfg, encoder, rows, stats, classes, share_of(parts['train'], share, cfg.seed),
+                                  parts['val'], device, 1.0 if name == 'random init' else cfg.layer_decay)
             p_val, p = (predicted(cfg, encoder, head, rows, stats, parts[part], device) for part in ('val', 'test'))
             results.setdefault(name, {})[share] = dict(p=p, tried=tried, threshold=None)
             if cfg.task in BINARY:
@@ -1334,18 +1355,19 @@ def run(cfg, device):
                 results[name][share]['threshold'] = youden(y_val[seen], p_val[seen, 1])
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        report(cfg, parts, classes, notes, results)
         save(out / 'last.pt', dict(config=asdict(cfg), classes=list(classes), vit=encoder.config,
                                    threshold=results[name][share]['threshold'], head=head.cpu().state_dict(),
                                    teacher={f'backbone.{k}': v.cpu() for k, v in encoder.state_dict().items()}))
+        report(cfg, rows, parts, classes, notes, results)
         print(f'-> {out}/metrics.json, predictions.csv, last.pt and pictures')
     dist.barrier()
 
 
 def introduce(cfg, parts, classes, notes):
     """What is about to be learnt from what, and what was left out."""
+    loss = 'plain vote' if cfg.head == 'knn' else 'classes weigh the same' if cfg.balance else 'plain loss'
     print(f"\n{cfg.task}, {cfg.dataset}, {cfg.level} level; {cfg.head} head on {cfg.pool}, encoder "
-          f"{'frozen' if cfg.freeze else 'finetuned'}; {'classes weigh the same' if cfg.balance else 'plain'} loss")
+          f"{'frozen' if cfg.freeze else 'finetuned'}; {loss}")
     for split, units in parts.items():
         y = targets(units)
         counts = f'{int((y == 1).any(1).sum())} with cancer' if cfg.task == 'risk' else ', '.join(
@@ -1355,8 +1377,8 @@ def introduce(cfg, parts, classes, notes):
         print(f'  {note}')
 
 
-def report(cfg, parts, classes, notes, results):
-    """The table on the test set, metrics.json, predictions.csv and the pictures.
+def report(cfg, rows, parts, classes, notes, results):
+    """The table on the test set, predictions.csv, metrics.json and the pictures.
 
     results {encoder: {share: dict(p (n, C or T), threshold, tried)}}, random init first, the main encoder last; only
     units that every encoder could read count."""
@@ -1364,18 +1386,28 @@ def report(cfg, parts, classes, notes, results):
     flat = [(name, share, r) for name, shares in results.items() for share, r in shares.items()]
     readable = ~np.any([np.isnan(r['p']).any(1) for *_, r in flat], axis=0)
     units = [unit for unit, there in zip(parts['test'], readable) if there]
-    if len(units) < len(readable):
-        notes.append(f'{len(readable) - len(units)} test {cfg.level}s have no readable file and take no part')
-        print(f'  {notes[-1]}')
     y, patients = targets(units).numpy(), np.array([unit.patient for unit in units])
     for *_, r in flat:
         r['p'] = r['p'][readable]
-        r['metrics'] = measured(cfg, metrics(cfg, classes, r['threshold']), y, r['p'], patients)
     best = {name: shares[full] for name, shares in results.items()}
+    write_predictions(cfg, out / 'predictions.csv', units, classes, y, best)
 
-    positives = int((np.max(y, -1) == 1).sum() if cfg.task == 'risk' else (y == 1).sum())
-    counted = f', {positives} positive' if cfg.task in (*BINARY, 'risk') else ''
-    print(f'\ntest, n = {len(y)}{counted}; 95 % intervals over {len(set(patients))} patients, {cfg.draws} draws')
+    lacking = missing_views(cfg, rows, sum(parts.values(), []))
+    if lacking:
+        notes.append(f'{len(lacking)} {cfg.level}s lack a view, for which the mean of their others stands in: '
+                     + ', '.join(f'{name} ({" ".join(views)})' for name, views in list(lacking.items())[:5])
+                     + (', … all in metrics.json' if len(lacking) > 5 else ''))
+        print(f'  {notes[-1]}')
+    if len(units) < len(readable):
+        notes.append(f'{len(readable) - len(units)} test {cfg.level}s have no readable file and take no part')
+        print(f'  {notes[-1]}')
+    for *_, r in flat:
+        r['metrics'] = measured(cfg, metrics(cfg, classes, r['threshold']), y, r['p'], patients)
+    counts = {'positive': int((y == 1).sum())} if cfg.task in BINARY else \
+        {f'year {t + 1}': f'{(y[use, t] > 0).sum()} of {use.sum()}' for t, use in enumerate(in_year(y, y >= 0).T)} \
+        if cfg.task == 'risk' else {name: int((y == c).sum()) for c, name in enumerate(classes)}
+    print(f"\ntest, n = {len(y)} ({', '.join(f'{name}: {count}' for name, count in counts.items())}); 95 % intervals over "
+          f'{len(set(patients))} patients, {cfg.draws} draws')
     print(' ' * 24 + ''.join(f'{column:20s}' for column in best[main]['metrics']).rstrip())
     for name, share, r in flat:
         label = name if len(cfg.fraction) == 1 else f'{name}, {share:.0%}'
@@ -1383,10 +1415,12 @@ def report(cfg, parts, classes, notes, results):
     undefined = sum(m['undefined'] for *_, r in flat for m in r['metrics'].values())
     if undefined:
         print(f'{undefined} draws held no case of some class and are left out; metrics.json has the counts')
-    against = {name: versus(cfg, y, best['random init']['p'], r['p'], patients) for name, r in list(best.items())[1:]}
     headline = next(iter(best[main]['metrics']))
+    against = {f'{main} - {name}, {share:.0%}': versus(cfg, y, r['p'], results[main][share]['p'], patients)
+               for name, share, r in flat if name != main}
+    adjust(against.values())
     for name, v in against.items():
-        print(f'{name} - random init: {headline} {gap(v)}')
+        print(f"{name.removesuffix(', 100%')}: {headline} {gap(v)}")
     groups = subgroups(cfg, units, classes, y, best[main], patients) if cfg.subgroup else {}
 
     for r in best.values() if cfg.task in BINARY else ():
@@ -1395,9 +1429,8 @@ def report(cfg, parts, classes, notes, results):
             for name, shares in results.items()}
     (out / 'metrics.json').write_text(json.dumps(dict(
         config=asdict(cfg), torch=torch.__version__, numpy=np.__version__, classes=classes, encoder=main, n=len(y),
-        positives=positives, patients=len(set(patients)), notes=notes, results=kept, against_random=against,
-        subgroups=groups, missing_views=missing_views(cfg, sum(parts.values(), []))), indent=1))
-    write_predictions(cfg, out / 'predictions.csv', units, classes, y, best)
+        counts=counts, patients=len(set(patients)), notes=notes, results=kept, against=against, subgroups=groups,
+        missing_views=lacking), indent=1))
     pictures(cfg, out, classes, y, best)
     if len(cfg.fraction) > 1:
         lines = {name: [[r['metrics'][headline][k] for r in shares.values()] for k in ('value', 'low', 'high')]
@@ -1413,19 +1446,15 @@ def cell(m):
     return f'{value} [{low}, {high}]'
 
 
-def gap(v):
-    """+.038 [-.002, +.077], McNemar p = .06"""
-    tests = ', '.join(f'{test} p = {p:.3g}' for test, p in v['tests'].items())
-    return f"{v['difference']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}], {tests}"
-
-
 def versus(cfg, y, p1, p2, patients):
     """Two results on the same units -> the difference of their first metric with its paired interval by patient, and
-    {test: p}: DeLong (binary; risk: every year) or McNemar, both of which take units as independent."""
+    {test: p}: DeLong (binary; risk: every year) or McNemar. Both take units as independent, so where patients have
+    several, `tests` holds the p of the bootstrap by patient and `naive` theirs."""
     metric = next(iter(metrics(cfg, (), None).values()))
     values = resample(lambda y, a, b: metric(y, b) - metric(y, a), (y, p1, p2), patients,
                       np.random.default_rng(cfg.seed), cfg.draws)
-    low, high = np.nanpercentile(values, [2.5, 97.5]) if not np.isnan(values).all() else (math.nan, math.nan)
+    whole = values[~np.isnan(values)]
+    low, high = np.percentile(whole, [2.5, 97.5]) if len(whole) else (math.nan, math.nan)
     if cfg.task in BINARY:
         tests = {'DeLong': delong(y, p1[:, 1], p2[:, 1])[2]}
     elif cfg.task == 'risk':
@@ -1433,19 +1462,36 @@ def versus(cfg, y, p1, p2, patients):
                  for t, use in enumerate(in_year(y, y >= 0).T)}
     else:
         tests = {'McNemar': mcnemar(p1.argmax(1) == y, p2.argmax(1) == y)}
-    return dict(difference=float(metric(y, p2) - metric(y, p1)), low=float(low), high=float(high), tests=tests)
+    naive = {}
+    if len(set(patients)) < len(y):
+        beyond = 1 + min((whole <= 0).sum(), (whole >= 0).sum())
+        tests, naive = {'bootstrap by patient': float(min(1, 2 * beyond / (1 + len(whole))))}, tests
+    return dict(difference=float(metric(y, p2) - metric(y, p1)), low=float(low), high=float(high),
+                undefined=len(values) - len(whole), tests=tests, naive=naive)
+
+
+def adjust(found):
+    """Benjamini-Hochberg over all tests of these comparisons as one family: adds `adjusted` to each."""
+    family = [(v, test) for v in found for test, p in v['tests'].items() if not math.isnan(p)]
+    for (v, test), p in zip(family, benjamini_hochberg([v['tests'][test] for v, test in family])):
+        v.setdefault('adjusted', {})[test] = float(p)
+    return len(family)
+
+
+def gap(v):
+    """+.038 [-.002, +.077], McNemar p = .06, adjusted .12"""
+    parts = [f"{v['difference']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}]"]
+    parts += [f'{test} p = {p:.3g}, adjusted {v["adjusted"].get(test, math.nan):.3g}' for test, p in v['tests'].items()]
+    parts += [f'{test} p = {p:.3g} if units were independent' for test, p in v['naive'].items()]
+    return '; '.join(parts)
 
 
 def subgroups(cfg, units, classes, y, result, patients):
     """The metrics by a column of the label file, ages by decade as in DBT-DINO's Table 5; prints the table."""
-    known = {name.lower(): name for name in units[0].record}
-    if cfg.subgroup.lower() not in known:
-        raise ValueError(f"--subgroup {cfg.subgroup}: no such column; found {', '.join(units[0].record)}")
-    values = np.array([unit.record.get(known[cfg.subgroup.lower()], '') or 'blank' for unit in units], dtype=object)
-    if cfg.subgroup.lower() == 'age':
-        values = np.array([decade(value) for value in values], dtype=object)
+    values = [next((v for k, v in unit.record.items() if k.lower() == cfg.subgroup.lower()), '') for unit in units]
+    values = np.array([decade(v) if cfg.subgroup.lower() == 'age' else v or 'blank' for v in values], dtype=object)
     table, out = metrics(cfg, classes, result['threshold']), {}
-    print(f'\n{cfg.subgroup:16s}{"n":>6s} patients  ' + ''.join(f'{name:20s}' for name in table))
+    print(f'\n{cfg.subgroup:16s}{"n":>6s} patients  ' + ''.join(f'{name:20s}' for name in table).rstrip())
     for value in sorted(set(values)):
         of = values == value
         out[value] = dict(n=int(of.sum()), patients=len(set(patients[of])),
@@ -1473,7 +1519,7 @@ def write_predictions(cfg, path, units, classes, y, results):
             guesses = [''] * len(y) if cfg.task == 'risk' else [classes[guess] for guess in decided(cfg, result)]
             for unit, truth, guess, p in zip(units, y, guesses, result['p']):
                 target = ' '.join(map(str, truth)) if cfg.task == 'risk' else classes[truth]
-                writer.writerow([name, unit.name, unit.patient, target, guess, *(f'{value:.8g}' for value in p)])
+                writer.writerow([name, unit.name, unit.patient, target, guess, *map(float, p)])
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -1572,7 +1618,7 @@ def radar(axes, polygons):
     for i, (name, values) in enumerate(polygons.items()):
         colour = COLOURS[i % len(COLOURS)]
         corners = [tuple(centre + radius * max(v, 0) * spoke) for v, spoke in zip(values, spokes) if not math.isnan(v)]
-        pen.line([*corners, corners[0]], colour, 5, joint='curve')
+        pen.line([*corners, *corners[:1]], colour, 5, joint='curve')
         pen.line([(340, 1120 + 40 * i), (390, 1120 + 40 * i)], colour, 6)
         pen.text((404, 1120 + 40 * i), name, 'black', font(26), anchor='lm')
     return halved(picture)
@@ -1616,7 +1662,7 @@ def compare(argv):
     for folder, r in runs.items():
         print(f"{folder}: {r['cfg'].task} on {r['cfg'].dataset}, n = {r['n']}, encoder {r['cfg'].encoder}")
         print('    ' + ', '.join(f'{name} {cell(m)}' for name, m in r['metrics'][r['encoder']].items()))
-    found = []
+    found = {}
     for i, a in enumerate(runs):
         for b in list(runs)[i + 1:]:
             one, two = runs[a], runs[b]
@@ -1625,29 +1671,28 @@ def compare(argv):
             if one['units'] != two['units'] or (one['y'] != two['y']).any():
                 print(f'{a} and {b} were tested on different units or labels: no test')
                 continue
-            v = versus(one['cfg'], one['y'], one['p'], two['p'], one['patients'])
-            print(f"{b} - {a}: {next(iter(one['metrics'][one['encoder']]))} {gap(v)}")
-            found += [(f'{b} - {a}, {test}', p) for test, p in v['tests'].items() if not math.isnan(p)]
-    if found:
-        print(f'\n{len(found)} tests, one family, adjusted by Benjamini-Hochberg:')
-        for (name, _), p in zip(found, benjamini_hochberg([p for _, p in found])):
-            print(f'    {name}: adjusted p = {p:.3g}')
-        print('DeLong and McNemar take units as independent; where patients have several, trust the interval.')
+            headline = next(iter(one['metrics'][one['encoder']]))
+            found[f'{b} - {a}: {headline}'] = versus(one['cfg'], one['y'], one['p'], two['p'], one['patients'])
+    print(f'{adjust(found.values())} tests, one family, adjusted by Benjamini-Hochberg')
+    for name, v in found.items():
+        print(f'    {name} {gap(v)}')
     radar(*web(runs)).save(args.out)
     print(f'-> {args.out}')
 
 
 def web(runs):
-    """-> axes and polygons of the radar: a task an axis, the mean of its first metric over data sets, an encoder a
+    """-> axes and polygons of the radar: a task an axis, the mean of its AUC or macro F1 over data sets, an encoder a
     polygon, as in the paper; with fewer than three tasks every metric is an axis and every run a polygon."""
-    tasks = sorted({r['cfg'].task for r in runs.values()})
+    few = len({r['cfg'].task for r in runs.values()}) < 3
     values = defaultdict(lambda: defaultdict(list))         # polygon -> axis -> values
     for folder, r in runs.items():
-        main = r['cfg'].encoder if len(tasks) > 2 else folder
-        for name in dict.fromkeys(('random init', r['encoder'])):
-            for metric, m in list(r['metrics'][name].items())[:1 if len(tasks) > 2 else None]:
-                axis = r['cfg'].task if len(tasks) > 2 else f"{r['cfg'].task} {metric}" if len(tasks) > 1 else metric
-                values[name if name == 'random init' else main][axis].append(m['value'])
+        for name, found in r['metrics'].items():
+            polygon = name if name != r['encoder'] else folder if few else r['cfg'].encoder
+            for metric, m in found.items():
+                if few:
+                    values[polygon][f"{r['cfg'].task} {metric}"].append(m['value'])
+                elif metric in ('AUC', 'macro F1', 'mean AUROC'):
+                    values[polygon][r['cfg'].task].append(m['value'])
     axes = sorted({axis for polygon in values.values() for axis in polygon})
     return axes, {name: [np.mean(polygon.get(axis, math.nan)) for axis in axes] for name, polygon in values.items()}
 
@@ -1685,9 +1730,9 @@ def predict(argv, device):
     names = [f'within {t + 1} y' for t in range(YEARS)] if cfg.task == 'risk' else classes
     for unit, p in zip(units, predicted(cfg, encoder, head, rows, stats, units, device)):
         print(f'{unit.name}: ' + ', '.join(f'{name} {value:.3f}' for name, value in zip(names, p)))
-    for views in missing_views(cfg, units).values():
+    for views in missing_views(cfg, rows, units).values():
         print(f"missing {', '.join(views)}: the mean of the other views stands in")
-    if cfg.balance:
+    if cfg.balance and cfg.head != 'knn':
         print('Trained with classes of equal weight: these are scores, not the share of such cases in a population.')
     if state['threshold'] is not None:
         print(f"Threshold chosen on validation: {state['threshold']:.3f}")
@@ -1715,7 +1760,7 @@ def demo(cfg, device):
     dist.barrier()
     for task in ('density', 'cancer'):
         run(resolved(replace(cfg, root=str(folder), task=task, out=f'{cfg.out}/{task}', cache=f'{cfg.out}/features')),
-            device)
+            device, again=True)
 
 
 def main(argv):

@@ -177,7 +177,7 @@ def test_rsna_labels_breasts_and_has_blanks(tmp_path):
     got, classes, rows = labels('rsna', tmp_path, 'cancer')
     assert got == {'train_images/10006/462822612.dcm': '0', 'train_images/10011/541722628.dcm': '1'}
     assert rows[1].view == 'AT' and rows[1].record['age'] == '55'
-    assert list(labels('rsna', tmp_path, 'birads')[0].values()) == [None, '0']
+    assert list(labels('rsna', tmp_path, 'birads')[0].values()) == [None, '0'] and rows[1].split == ''
     assert list(labels('rsna', tmp_path, 'density')[0].values()) == [None, 'C']
 
 
@@ -385,11 +385,29 @@ def test_a_manifest_takes_optional_columns_and_refuses_a_patient_in_two_splits(t
         finetune.assign(Config(), rows, [])
 
 
+def test_blank_labels_take_no_part_and_unknown_ones_are_refused(tmp_path):
+    lines = ['path|patient|density|cancer', *(f'{i}.png|p{i}|{" abcd"[i % 5].strip()}|{i % 2}' for i in range(40))]
+    write(tmp_path / 'manifest.csv', lines)
+    touch(*(tmp_path / f'{i}.png' for i in range(40)))
+    rows, _, notes = finetune.load(Config(root=str(tmp_path), task='density'))
+    assert len(rows) == 32 and notes == ['8 of 40 images have no density label and take no part']
+    write(tmp_path / 'manifest.csv', [line.replace('|1', '|yes') for line in lines])
+    with pytest.raises(ValueError, match="1.png: cancer 'yes' is none of 0, 1"):
+        finetune.load(Config(root=str(tmp_path), task='cancer'))
+    ddsm(tmp_path / 'ddsm')
+    path = tmp_path / 'ddsm' / 'mass_case_description_train_set.csv'
+    path.write_text(path.read_text().replace('MALIGNANT', 'Malign'))
+    with pytest.raises(ValueError, match="cancer 'Malign' is none of 0, 1"):
+        finetune.load(Config(dataset='ddsm', root=str(tmp_path / 'ddsm'), task='cancer'))
+
+
 def test_prepared_images_stand_in_for_published_ones(tmp_path):
     raw, prepared = tmp_path / 'raw', tmp_path / 'prepared'
     vindr(raw)
     touch(prepared / 'images' / 's1' / 'i1.npy')
     cfg = Config(dataset='vindr', root=str(raw), images=str(prepared))
+    assert finetune._prepared(cfg, f'{raw}/images/s1/i1.dicom') == str(prepared / 'images' / 's1' / 'i1.npy')
+    cfg = Config(root=str(raw / 'breast-level_annotations.csv'), images=str(prepared))
     assert finetune._prepared(cfg, f'{raw}/images/s1/i1.dicom') == str(prepared / 'images' / 's1' / 'i1.npy')
 
 
@@ -419,14 +437,16 @@ def test_a_split_is_by_patient_and_label_and_always_the_same():
     assert small < large and len(small) == 13 + 1           # a tenth of 102 and of 26 patients, rounded up
 
 
-@pytest.mark.parametrize('change, words', [
-    (lambda r: replace(r, split='holdout'), "splits 'holdout': expected train, val and test"),
-    (lambda r: replace(r, split='train', label=0), 'the train split holds one class only'),
-    (lambda r: replace(r, split='test'), 'the train split is empty')])
-def test_splits_that_cannot_be_learnt_from_are_refused(change, words):
-    rows = [change(Row('', i % 2, str(i), '')) for i in range(40)]
-    with pytest.raises(ValueError, match=words):
-        finetune.assign(Config(), rows, [])
+def test_splits_that_cannot_be_learnt_from_are_refused():
+    rows = [Row('', i % 2, str(i), '') for i in range(40)]
+    with pytest.raises(ValueError, match="splits 'holdout': expected train, val and test"):
+        finetune.assign(Config(), [replace(row, split='holdout') for row in rows], [])
+    units = [finetune.Unit('', str(i), split, i % 2, [], {}) for split in ('train', 'val', 'test') for i in range(4)]
+    assert [len(part) for part in finetune.parted(units).values()] == [4, 4, 4]
+    with pytest.raises(ValueError, match='the train split is empty'):
+        finetune.parted(units[4:])
+    with pytest.raises(ValueError, match='the test split holds one class only'):
+        finetune.parted([unit for unit in units if unit.split != 'test' or unit.target])
 
 
 def test_views_stand_in_the_order_of_dbt_dino_and_missing_ones_are_named():
@@ -436,10 +456,11 @@ def test_views_stand_in_the_order_of_dbt_dino_and_missing_ones_are_named():
     notes = []
     cfg = Config(level='exam', pool='cls_mean')
     units = finetune.units_of(cfg, rows, notes)
+    assert [unit.name for unit in units] == ['p e1', 'p e2']
     assert [sorted(slot for _, slot in unit.rows) for unit in units] == [[0, 1, 2, 3], [0, 2, 3]]
     assert [rows[i].path for i, _ in sorted(units[0].rows, key=lambda r: r[1])] == ['RCC', 'LCC', 'RMLO', 'LMLO']
-    assert finetune.missing_views(cfg, units) == {'e2': ['LCC']}
-    assert 'other views take no part at exam level: AT 1' in notes[0] and 'missing views (LCC 1)' in notes[1]
+    assert finetune.missing_views(cfg, rows, units) == {'p e2': ['LCC']}
+    assert notes == ['images of other views take no part at exam level: AT 1']
     stats = torch.arange(len(rows) * 4.0).view(len(rows), 4, 1)
     x, there = finetune.unit_features(cfg, units, stats)
     four = dict(zip([(r.exam, r.path) for r in rows], stats[:, 0, 0].tolist()))
@@ -537,6 +558,35 @@ def test_rare_classes_weigh_as_much_as_common_ones():
     risk = torch.tensor([[0, 1, -1, -1, -1], [0] * 5, [0] * 5, [0, 0, -1, -1, -1]])
     weight = finetune.class_weights(Config(task='risk'), risk)
     assert weight[0] == pytest.approx(weight[1:].sum())
+
+
+def test_the_loss_of_a_batch_counts_its_rare_cases_as_rare_cases():
+    """Over the batches of an epoch the mean of the losses is the loss of the epoch, whatever class a batch holds."""
+    cfg, y = Config(task='cancer'), torch.tensor([0] * 12 + [1] * 4)
+    outputs, weight = torch.randn(16, 2), finetune.class_weights(cfg, y)
+    parts = [finetune.criterion(cfg, outputs[i:i + 4], y[i:i + 4], weight[i:i + 4]) for i in range(0, 16, 4)]
+    assert torch.stack(parts).mean().item() == pytest.approx(finetune.criterion(cfg, outputs, y, weight).item())
+    cfg, y = Config(task='risk'), torch.tensor([[0] * 5] * 12 + [[0, 1, -1, -1, -1]] * 4)
+    H, weight = torch.rand(16, 5).cumsum(1), finetune.class_weights(cfg, y)
+    parts = [finetune.criterion(cfg, H[i:i + 4], y[i:i + 4], weight[i:i + 4]) for i in range(0, 16, 4)]
+    assert torch.stack(parts).mean().item() == pytest.approx(finetune.criterion(cfg, H, y, weight).item())
+
+
+def test_a_batch_without_a_readable_file_weighs_nothing():
+    blank = (0, np.zeros((0, 28, 28), np.uint8), 'broken')
+    units, there, images, owner, place = finetune.collated([(7, [blank]), (3, [blank])], 1)
+    assert units == [7, 3] and there.tolist() == [0, 0] and images.shape == (1, 28, 28)
+    _, there, images, owner, place = finetune.collated(
+        [(7, [blank]), (3, [(1, np.ones((2, 28, 28), np.uint8), None)])], 2)
+    assert there.tolist() == [0, 1] and owner.tolist() == [0, 0] and place.tolist() == [3]
+
+
+def test_the_random_row_sees_the_image_whatever_layerscale_pretraining_starts_from(group, tmp_path):
+    model = vit.ViT(**TINY | dict(layerscale=1e-5))
+    torch.save(dict(vit=model.config, teacher={f'backbone.{k}': v for k, v in model.state_dict().items()}),
+               tmp_path / 'last.pt')
+    random = finetune.encoders(Config(encoder=str(tmp_path / 'last.pt')))['random init']()
+    assert (random.blocks[0].ls1.gamma == 1).all() and random.config == model.config
 
 
 def test_the_search_keeps_the_rate_with_the_least_validation_loss():
@@ -663,11 +713,11 @@ def test_the_demo_runs_both_tasks_and_says_what_it_is(tmp_path, capsys, monkeypa
 def test_an_exam_run_names_missing_views_and_reports_every_year(risk, capsys):
     r, values = results(risk)
     assert list(values) == ['mean AUROC', *(f'year {t}' for t in range(1, 6))]
-    lacking = r['missing_views']
-    assert lacking == {'e3': ['LCC', 'LMLO'], 'e8': ['RMLO']} and r['config']['level'] == 'exam'
+    assert r['missing_views'] == {'p3 e3': ['LCC', 'LMLO'], 'p8 e8': ['RMLO']} and r['config']['level'] == 'exam'
+    assert list(r['counts']) == [f'year {t}' for t in range(1, 6)]
     lines = finetune.table(risk / 'predictions.csv', 'p_year1', 'p_year5')
     assert len(lines) == 2 * r['n'] and all(float(x['p_year1']) <= float(x['p_year5']) for x in lines)
-    assert any('missing views' in note for note in r['notes'])
+    assert '2 exams lack a view' in r['notes'][-1] and 'p3 e3 (LCC LMLO), p8 e8 (RMLO)' in r['notes'][-1]
 
 
 def test_two_ranks_give_the_result_of_one(risk, exams, encoder, tmp_path):
@@ -712,7 +762,10 @@ def test_fractions_subgroups_and_a_row_for_dinov2(exams, encoder, tmp_path, caps
     assert list(r['results']['DINOv2']) == ['0.5', '1'] and (tmp_path / 'run' / 'fraction.png').exists()
     assert set(r['subgroups']) <= {'<50', '50-60', '60-70', '70+'}
     assert sum(g['n'] for g in r['subgroups'].values()) == r['n']
-    assert 'pretrained, 50%' in text and 'DINOv2 - random init: AUC' in text
+    assert 'pretrained, 50%' in text and 'pretrained - DINOv2: AUC' in text and 'pretrained - random init, 50%' in text
+    assert len(r['against']) == 4 and all(0 <= p <= 1 for v in r['against'].values() for p in v['adjusted'].values())
+    for v in r['against'].values():                         # several images of a patient are no independent cases
+        assert list(v['tests']) == ['bootstrap by patient'] and list(v['naive']) == ['DeLong']
     with pytest.raises(ValueError, match='--subgroup race: no such column; found path, patient'):
         cli('--root', exams, '--task', 'cancer', '--head', 'knn', '--encoder', encoder, '--out', tmp_path / 'two',
             *FAST, '--cache', tmp_path / 'cache', '--subgroup', 'race')
@@ -725,7 +778,7 @@ def test_compare_tests_equal_units_and_adjusts_all_p_values(risk, tuned, exams, 
     capsys.readouterr()
     cli('compare', tmp_path / 'a', tmp_path / 'b', tuned, risk, '--out', tmp_path / 'radar.png')
     text = capsys.readouterr().out
-    assert '1 tests, one family' in text and 'McNemar' in text and text.count('adjusted p') == 1
+    assert '1 tests, one family' in text and 'McNemar' in text
     assert np.array(Image.open(tmp_path / 'radar.png')).std() > 10
     axes, polygons = finetune.web({str(f): finetune.stored(f) for f in (tmp_path / 'a', tuned, risk)})
     assert axes == ['cancer', 'density', 'risk'] and list(polygons) == ['random init', str(encoder)]
@@ -740,8 +793,8 @@ def test_predict_reads_an_image_or_an_exam(risk, exams, encoder, tmp_path, capsy
     values = [float(part.split()[-1]) for part in line.split(', ')]
     assert len(values) == 5 and values == sorted(values)
     stored = finetune.stored(risk)
-    if 'e5' in stored['units']:
-        assert values == pytest.approx(stored['p'][stored['units'].index('e5')], abs=1e-3)
+    if 'p5 e5' in stored['units']:
+        assert values == pytest.approx(stored['p'][stored['units'].index('p5 e5')], abs=1e-3)
     cli('predict', *files[:2], '--checkpoint', risk)
     assert 'missing LCC, LMLO' in capsys.readouterr().out
     with pytest.raises(ValueError, match='this model reads exams: give VIEW=FILE with VIEW of RCC, LCC, RMLO, LMLO'):

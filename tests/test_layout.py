@@ -12,7 +12,7 @@ MAY_IMPORT = {**{leaf: set() for leaf in LEAVES}, 'pretrain': set(LEAVES), 'fine
               'detect': {'mask', 'vit'}}
 PACKAGES = {'torch', 'numpy', 'PIL', 'pydicom', 'scipy', 'tqdm'}
 SCRIPTS = [name for name in ('pretrain', 'finetune', 'detect') if (ROOT / f'{name}.py').exists()]
-SHARED = ('parse', 'setup', 'cosine', 'knn', 'bootstrap', 'mcnemar')
+SHARED = ('option', 'parse', 'setup', 'save', 'cosine', 'knn', 'resample', 'bootstrap', 'mcnemar')
 
 
 def source(name):
@@ -54,12 +54,12 @@ def test_the_scripts_share_their_plumbing_word_for_word():
 
 def test_the_readme_names_only_what_exists():
     readme = (ROOT / 'README.md').read_text()
-    named = re.findall(r'\b(mask|sampler|vit|losses|pretrain)\.py:(\w+)', readme)
+    named = re.findall(r'\b(mask|sampler|vit|losses|pretrain|finetune)\.py:(\w+)', readme)
     assert len(named) > 15
     for module, name in named:
         assert re.search(rf'^\s*(def|class) {name}\b|^{name}\s*[:=]', source(module), re.M), f'{module}.py:{name}'
     for picture in re.findall(r'\]\((\.github/figures/[^)]+)\)', readme):
         assert (ROOT / picture).exists(), picture
-    fields = set(re.findall(r'^    (\w+): ', source('pretrain').split('class Config')[1].split('DEMO =')[0], re.M))
+    fields = {name for script in SCRIPTS for name in re.findall(r'^    (\w+): .*option\(', source(script), re.M)}
     for flag in re.findall(r'`--(\w+)', readme):
-        assert flag in fields | {'help', 'side', 'workers', 'images'} or flag.startswith(('nproc', 'no')), flag
+        assert flag in fields | {'help', 'side', 'checkpoint'} or flag.startswith(('nproc', 'no')), flag
