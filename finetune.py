@@ -112,7 +112,7 @@ def parse(config, argv, demo=None, source='data'):
     parser = argparse.ArgumentParser(usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(config):
-        text = f"{f.metadata['help']} [{f.metadata['source']}] (default: {f.default})"
+        text = f"{f.metadata['help']} [{f.metadata['source']}] (default: {f.default})".replace('%', '%%')
         kind = next((t for t in (bool, int, float) if t.__name__ in str(f.type)), str)
         if kind is bool:
             parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
@@ -156,14 +156,16 @@ def resolved(cfg, ranks=1):
         raise ValueError(f'--level {level}: mini-MIAS has MLO views only; use --level image')
     cfg = replace(cfg, freeze=freeze, level=level, pool=cfg.pool or recipe['pool'],
                   epochs=recipe['epochs'] if cfg.epochs is None else cfg.epochs,
-                  lr=cfg.lr or (recipe.get('lr', 1e-3) if freeze else 1e-4),
-                  slices=cfg.slices or (0 if freeze else 4), fraction=tuple(sorted(cfg.fraction)))
-    wrong = [f'--{name} {getattr(cfg, name)} must be above 0' for name in (
+                  lr=(recipe.get('lr', 1e-3) if freeze else 1e-4) if cfg.lr is None else cfg.lr,
+                  slices=cfg.slices or (0 if freeze else 4), fraction=tuple(sorted(set(cfg.fraction))))
+    wrong = [f'--{name} {getattr(cfg, name)} must be above 0 and finite' for name in (
         'draws', 'chunk', 'batch', 'micro_batch', 'lr', 'layer_decay', 'clip', 'hidden', 'neighbours')
-        if getattr(cfg, name) <= 0]
+        if not 0 < getattr(cfg, name) < math.inf]
     wrong += [f'--{name} {getattr(cfg, name)} must not be negative' for name in (
         'seed', 'size', 'slices', 'workers', 'max_bad', 'epochs', 'search', 'wd', 'phantoms') if getattr(cfg, name) < 0]
     wrong += [f'--fraction {share} must lie above 0 and at most at 1' for share in cfg.fraction if not 0 < share <= 1]
+    if cfg.classes and cfg.task in BINARY and len(cfg.classes) != 2:
+        wrong.append(f'--classes {" ".join(cfg.classes)}: --task {cfg.task} takes two, the negative first')
     if cfg.epochs == 0 and cfg.head != 'knn':
         wrong.append('--epochs 0 trains nothing')
     if not freeze and cfg.batch % ranks:
@@ -215,8 +217,8 @@ def delong(y, s1, s2):
         return a1, a2, 1.0
     covariance = _delong(y, (s1, s2))[1]
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
-    if variance < 1e-18:                                    # both separate the classes, the one or the other way
-        return a1, a2, float(a1 == a2)
+    if variance < 1e-18:                                    # no variance to test against
+        return a1, a2, 1.0 if a1 == a2 else math.nan
     return a1, a2, float(2 * stats.norm.sf(abs(a1 - a2) / math.sqrt(variance)))
 
 
@@ -389,7 +391,7 @@ def table(path, *columns):
     """A CSV or the sheet of an .xlsx (`FILE.xlsx:SHEET`) -> list of dicts, names and values stripped. ValueError
     where a column is missing, with what was found."""
     path = str(path)
-    if '.xlsx' in path:
+    if re.search(r'\.xlsx(:|$)', path):
         lines = _xlsx(*path.split('.xlsx:')) if '.xlsx:' in path else _xlsx(path.removesuffix('.xlsx'))
     else:
         try:
@@ -405,7 +407,12 @@ def table(path, *columns):
         raise ValueError(f"{path}: no column {', '.join(missing)}; found {', '.join(header) or 'nothing'}")
     if len(lines) < 2:
         raise ValueError(f'{path}: a header and no rows')
-    return [dict(zip(header, (value.strip() for value in line + [''] * len(header)))) for line in lines[1:]]
+    return [dict(zip(header, (_blank(value.strip()) for value in line + [''] * len(header)))) for line in lines[1:]]
+
+
+def _blank(text):
+    """What stands for no value in label files."""
+    return '' if text.lower() in ('nan', 'na', 'n/a', 'null', 'none') else text
 
 
 def _xlsx(stem, sheet=None):
@@ -442,7 +449,7 @@ def _xlsx(stem, sheet=None):
     except FileNotFoundError:
         raise ValueError(f'{path}: no such file; --root is the folder that holds it') from None
     except (ValueError, LookupError, TypeError, StopIteration, zipfile.BadZipFile, ElementTree.ParseError) as problem:
-        raise ValueError(f'{path}: not a readable .xlsx ({problem}); export it as CSV') from None
+        raise ValueError(f'{path}: not a readable .xlsx ({problem}); open it and save it again as .xlsx') from None
     columns = sorted(lines[0]) if lines else []                                         # A … Z, AA …
     return [[line.get(column, '') for column in columns] for line in lines if line]
 
@@ -457,6 +464,8 @@ def _prepared(cfg, path):
     if cfg.images is None or Path(path).is_relative_to(cfg.images):
         return path
     root = Path(cfg.root) if os.path.isdir(cfg.root) else Path(cfg.root).parent
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
+        raise ValueError(f'{path} lies outside {root}, so --images cannot mirror it; drop --images or move the list')
     mirror = Path(cfg.images) / os.path.relpath(path, root)
     named = mirror.suffix.lower() in mask.SUFFIXES
     prepared = mirror.with_suffix('.npy') if named else Path(f'{mirror}.npy')
@@ -497,7 +506,12 @@ def vindr(cfg):
                        'xmax', 'ymax'):
             categories = [c for c in re.findall("'([^']+)'", f['finding_categories']) if c != 'No Finding']
             if categories and f['xmin']:
-                area = (float(f['xmax']) - float(f['xmin'])) * (float(f['ymax']) - float(f['ymin']))
+                try:
+                    x0, y0, x1, y1 = (float(f[name]) for name in ('xmin', 'ymin', 'xmax', 'ymax'))
+                except ValueError:
+                    raise ValueError(f"{cfg.root}/finding_annotations.csv: {f['image_id']} has a box that is no "
+                                     'numbers') from None
+                area = (x1 - x0) * (y1 - y0)
                 largest[f['image_id']] = max(largest[f['image_id']], (area, categories[0]), key=lambda x: x[0])
     suspicious = {'birads5': '5', 'birads45': '45'}.get(cfg.cancer_rule, '')
 
@@ -652,25 +666,32 @@ def manifest(cfg):
 
     def label(number, r):
         if cfg.task != 'risk':
-            value = r[column].lower() if cfg.task == 'density' and not cfg.classes else r[column]
-            return value or None
+            value = r[column] if cfg.classes else _number(r[column])
+            return (value.lower() if cfg.task == 'density' and not cfg.classes else value) or None
         try:
-            seen = follow_up(float(r['years_to_cancer'] or math.inf), float(r['years_followup'] or 0))
+            cancer, followed = (float(r[name] or math.inf) for name in ('years_to_cancer', 'years_followup'))
+            if -math.inf in (cancer, followed):
+                raise ValueError
+            followed = followed if r['years_followup'] else cancer if r['years_to_cancer'] else 0    # free until then
+            seen = follow_up(cancer, followed)
             return seen and np.where(seen[1], seen[0], -1)
         except ValueError:
             raise ValueError(f"{path}, line {number}: years_to_cancer {r['years_to_cancer']!r}, years_followup "
                              f"{r['years_followup']!r}: expected numbers") from None
 
-    rows, names = [], dict(training='train', validation='val')
+    rows, names, seen = [], dict(training='train', validation='val'), {}
     for number, r in enumerate(records, 2):
         if not r['patient'] or not r['path']:
             raise ValueError(f'{path}, line {number}: path and patient must not be blank')
-        if r.get('frame') and not r['frame'].isdigit():
+        if r.get('frame') and not r['frame'].isdecimal():
             raise ValueError(f"{path}, line {number}: frame {r['frame']!r} is no number of a slice")
         split = r.get('split', '').lower()
         rows.append(Row(str(path.parent / r['path']), label(number, r), r['patient'], r.get('exam') or r['patient'],
                         r.get('laterality', '')[:1].upper(), r.get('view', '').upper(), names.get(split, split),
                         int(r['frame']) if r.get('frame') else None, r))
+        key = os.path.normpath(rows[-1].path), rows[-1].frame
+        if seen.setdefault(key, number) != number:
+            raise ValueError(f"{path}, line {number}: {r['path']} stands in line {seen[key]} already")
     found = dict(density=tuple('abcd'), birads=_found(rows), lesion_type=_found(rows), risk=())
     return cfg.classes or found.get(cfg.task, ('0', '1')), rows
 
@@ -696,7 +717,8 @@ def load(cfg):
     for row in rows:
         if cfg.task != 'risk':
             if row.label not in classes or cfg.task == 'birads' and row.label not in tuple('0123456'):
-                raise ValueError(f"{row.path}: {cfg.task} {row.label!r} is none of {', '.join(classes)}")
+                hint = '; --classes names others' if cfg.dataset == 'csv' else ''
+                raise ValueError(f"{row.path}: {cfg.task} {row.label!r} is none of {', '.join(classes)}{hint}")
             row.label = classes.index(row.label)
         row.path = _prepared(cfg, row.path)
     absent = {row.path for row in rows if not os.path.isfile(row.path)}
@@ -765,7 +787,7 @@ def units_of(cfg, rows, notes):
         if cfg.level != 'image' and not (row.view and row.laterality):
             raise ValueError(f'{row.path}: laterality or view is blank; --level {cfg.level} needs both')
         if slot not in slots:
-            others[row.view] += 1
+            others[slot] += 1
             continue
         frame = '' if row.frame is None else f'#{row.frame}'
         exam = row.exam if row.exam == row.patient else f'{row.patient} {row.exam}'     # 1, 2, … in some label files
@@ -773,7 +795,7 @@ def units_of(cfg, rows, notes):
         groups[name].append((i, slots.index(slot)))
     if others:
         counted = ', '.join(f'{view} {n}' for view, n in others.most_common())
-        notes.append(f'images of other views take no part at {cfg.level} level: {counted}')
+        notes.append(f"images of views other than {', '.join(slots)} take no part at {cfg.level} level: {counted}")
     units, mixed = [], 0
     for name, members in groups.items():
         labels, row = [rows[i].label for i, _ in members], rows[members[0][0]]
@@ -786,14 +808,15 @@ def units_of(cfg, rows, notes):
     return units
 
 
-def parted(units):
-    """-> {split: units}; ValueError where a split holds nothing to learn from or to tell apart."""
+def parted(units, notes=()):
+    """-> {split: units}; ValueError where a split holds nothing to learn from or to tell apart, with the notes on
+    what was left out."""
     parts = {split: [unit for unit in units if unit.split == split] for split in ('train', 'val', 'test')}
     for split, part in parts.items():
         found = {int(np.max(unit.target)) for unit in part}
         if len(found) < 2:
-            raise ValueError(f'the {split} split holds one class only, so there is nothing to tell apart' if found else
-                             f'the {split} split is empty')
+            what = 'holds one class only, so there is nothing to tell apart' if found else 'is empty'
+            raise ValueError('; '.join([f'the {split} split {what}: give it patients of each class', *notes]))
     return parts
 
 
@@ -913,8 +936,7 @@ def features(cfg, encoder, rows, device, wanted, cache=True):
             file, row = os.stat(rows[i].path), rows[i]
             key = f'{os.path.abspath(row.path)} {file.st_size} {file.st_mtime_ns} {row.frame}'
             places[i] = folder / f'{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy'
-            if places[i].exists():
-                found[i] = np.load(places[i])
+            found |= {i: value for value in [cached(places[i], encoder.config['width'])] if value is not None}
 
     encoder.eval()
     batches = DataLoader(Images(cfg, rows, size), batch_size=8, sampler=[i for i in mine if i not in found],
@@ -927,7 +949,7 @@ def features(cfg, encoder, rows, device, wanted, cache=True):
             for i, value in zip(numbers, encode(cfg, encoder, stacks, device)):
                 found[i] = value
                 if cache:
-                    part = places[i].with_suffix(f'.{rank}.part')
+                    part = places[i].with_suffix(f'.{os.uname().nodename}-{os.getpid()}.part')
                     with open(part, 'wb') as file:
                         np.save(file, value)
                     os.replace(part, places[i])
@@ -938,12 +960,21 @@ def features(cfg, encoder, rows, device, wanted, cache=True):
     for part in everyone:
         for i, value in part.items():
             out[i] = value
-    bad = [i for i in wanted if np.isnan(out[i, 0, 0])]
+    bad = set(wanted).difference(*everyone)
     for i in bad:
         rows[i].readable = False
     if len(bad) == len(wanted) or len(wanted) >= 100 and len(bad) > cfg.max_bad * len(wanted):
         raise ValueError(f'{len(bad)} of {len(wanted)} files are unusable, --max_bad is {cfg.max_bad}; names are above')
     return torch.from_numpy(out)
+
+
+def cached(path, width):
+    """Statistics (4, D) from the cache; None where they are not there, or damaged."""
+    try:
+        value = np.load(path)
+        return value if value.shape == (4, width) and np.isfinite(value).all() else None
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 def named(items):
@@ -969,7 +1000,7 @@ def unit_features(cfg, units, stats):
     views = len(SLOTS[cfg.level])
     rows, place = (torch.tensor(column) for column in zip(*(
         (i, u * views + slot) for u, unit in enumerate(units) for i, slot in unit.rows)))
-    readable = ~stats[rows, 0, 0].isnan()
+    readable = ~stats[rows, 0, 0].isnan()                   # also where an encoder that diverged gives no number
     rows, place = rows[readable], place[readable]
     there = torch.zeros(len(units), dtype=torch.bool)
     there[place // views] = True
@@ -1070,7 +1101,7 @@ def train_head(cfg, make, x, y, x_val, y_val, lr):
         if loss < least:
             least, best = loss, copy.deepcopy(head.state_dict())
     head.load_state_dict(best)
-    return head.eval(), least
+    return head.eval(), least                               # inf where no epoch had a finite loss
 
 
 def fit(cfg, make, x, y, x_val, y_val):
@@ -1080,7 +1111,9 @@ def fit(cfg, make, x, y, x_val, y_val):
     rng = np.random.default_rng([cfg.seed, 24])
     rates = np.exp(rng.uniform(math.log(low), math.log(high), cfg.search)).tolist() if cfg.search else [cfg.lr]
     tried = [(train_head(cfg, make, x, y, x_val, y_val, lr), lr) for lr in rates]
-    (head, _), _ = min(tried, key=lambda trial: trial[0][1])
+    (head, least), _ = min(tried, key=lambda trial: trial[0][1])
+    if not math.isfinite(least):
+        raise ValueError('the validation loss was never finite; lower --lr')
     return head, {f'{lr:.3g}': loss for (_, loss), lr in tried}
 
 
@@ -1183,6 +1216,8 @@ def finetune(cfg, encoder, head, rows, train, val, device, decay):
             bar.set_postfix(val=f'{loss:.4f}', best=f'{min(loss, least):.4f}')
             if loss < least:
                 least, best = loss, copy.deepcopy(network.state_dict())
+    if not math.isfinite(least):
+        raise ValueError('the validation loss was never finite; lower --lr')
     network.load_state_dict(best)
     network.eval()
     return least
@@ -1209,6 +1244,8 @@ def encoders(cfg):
     they go far. Their LayerScale is 1, whatever pretraining starts from: at DINOv2's 1e-5 every block of a random
     network is the identity, and beating that is no feat."""
     path, shape = Path(cfg.encoder), SMALL
+    if path.is_dir():
+        raise ValueError(f'{path} is a folder; --encoder takes the file, such as {path}/last.pt')
     if path.exists():
         shape = vit.load(path).config
     elif cfg.encoder != Config.encoder:
@@ -1225,6 +1262,10 @@ def encoders(cfg):
         makers['DINOv2'] = lambda: vit.load(cfg.dinov2)
     if path.exists():
         makers['pretrained'] = lambda: vit.load(path)
+    for make in makers.values():                            # before hours of work
+        patch = make().config['patch']
+        if cfg.size % patch:
+            raise ValueError(f'--size {cfg.size} is no multiple of the patch, {patch}')
     return makers
 
 
@@ -1328,22 +1369,28 @@ def measured(cfg, table, y, p, patients):
 def run(cfg, device, again=False):
     """One data set and task: every encoder on every fraction of the training patients -> table, files, pictures.
     `again` may overwrite an earlier run."""
-    out = Path(cfg.out)
+    out, makers = Path(cfg.out), encoders(cfg)
     if (out / 'metrics.json').exists() and not again:
         raise ValueError(f'{out} holds a run; choose another --out')
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise OSError(f'--out {out} cannot be made ({problem.strerror}); choose another') from None
     rows, classes, notes = load(cfg)
     units = units_of(cfg, rows, notes)
     columns = {name.lower(): name for unit in units for name in unit.record}
     if cfg.subgroup and cfg.subgroup.lower() not in columns:
         raise ValueError(f"--subgroup {cfg.subgroup}: no such column; found {', '.join(columns.values())}")
-    parts = parted(units)
+    parts = parted(units, notes)
     if dist.get_rank() == 0:
         introduce(cfg, parts, classes, notes)
     results = {}
-    for name, make in encoders(cfg).items():
+    for name, make in makers.items():
         encoder, stats = make().to(device), None
         if cfg.freeze:
             stats = features(cfg, encoder, rows, device, {i for unit in units for i, _ in unit.rows})
+            units = [unit for unit in units if any(rows[i].readable for i, _ in unit.rows)]
+            parts = parted(units, ['after the unreadable files were left out'])
         for share in cfg.fraction:
             encoder = encoder if cfg.freeze else make().to(device)
             head, tried = trained(cfg, encoder, rows, stats, classes, share_of(parts['train'], share, cfg.seed),
@@ -1354,7 +1401,6 @@ def run(cfg, device, again=False):
                 seen, y_val = ~np.isnan(p_val).any(1), targets(parts['val']).numpy()
                 results[name][share]['threshold'] = youden(y_val[seen], p_val[seen, 1])
     if dist.get_rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
         save(out / 'last.pt', dict(config=asdict(cfg), classes=list(classes), vit=encoder.config,
                                    threshold=results[name][share]['threshold'], head=head.cpu().state_dict(),
                                    teacher={f'backbone.{k}': v.cpu() for k, v in encoder.state_dict().items()}))
@@ -1408,15 +1454,15 @@ def report(cfg, rows, parts, classes, notes, results):
         if cfg.task == 'risk' else {name: int((y == c).sum()) for c, name in enumerate(classes)}
     print(f"\ntest, n = {len(y)} ({', '.join(f'{name}: {count}' for name, count in counts.items())}); 95 % intervals over "
           f'{len(set(patients))} patients, {cfg.draws} draws')
-    print(' ' * 24 + ''.join(f'{column:20s}' for column in best[main]['metrics']).rstrip())
+    print(' ' * 24 + ''.join(f'{column:22s}' for column in best[main]['metrics']).rstrip())
     for name, share, r in flat:
-        label = name if len(cfg.fraction) == 1 else f'{name}, {share:.0%}'
-        print(f'{label:24s}' + ''.join(f'{cell(m):20s}' for m in r['metrics'].values()).rstrip())
+        label = name if len(cfg.fraction) == 1 else f'{name}, {100 * share:g}%'
+        print(f'{label:24s}' + ''.join(f'{cell(m):22s}' for m in r['metrics'].values()).rstrip())
     undefined = sum(m['undefined'] for *_, r in flat for m in r['metrics'].values())
     if undefined:
-        print(f'{undefined} draws held no case of some class and are left out; metrics.json has the counts')
+        print(f'{undefined} values of the bootstrap were not defined, for want of a class in the draw, and are left out')
     headline = next(iter(best[main]['metrics']))
-    against = {f'{main} - {name}, {share:.0%}': versus(cfg, y, r['p'], results[main][share]['p'], patients)
+    against = {f'{main} - {name}, {100 * share:g}%': versus(cfg, y, r['p'], results[main][share]['p'], patients)
                for name, share, r in flat if name != main}
     adjust(against.values())
     for name, v in against.items():
@@ -1427,10 +1473,10 @@ def report(cfg, rows, parts, classes, notes, results):
         r['delong_interval'] = delong_interval(y, r['p'][:, 1])
     kept = {name: {f'{share:g}': {k: v for k, v in r.items() if k != 'p'} for share, r in shares.items()}
             for name, shares in results.items()}
-    (out / 'metrics.json').write_text(json.dumps(dict(
+    (out / 'metrics.json').write_text(json.dumps(plain(dict(
         config=asdict(cfg), torch=torch.__version__, numpy=np.__version__, classes=classes, encoder=main, n=len(y),
         counts=counts, patients=len(set(patients)), notes=notes, results=kept, against=against, subgroups=groups,
-        missing_views=lacking), indent=1))
+        missing_views=lacking)), indent=1, allow_nan=False))
     pictures(cfg, out, classes, y, best)
     if len(cfg.fraction) > 1:
         lines = {name: [[r['metrics'][headline][k] for r in shares.values()] for k in ('value', 'low', 'high')]
@@ -1439,10 +1485,19 @@ def report(cfg, rows, parts, classes, notes, results):
               'share of training patients', headline).save(out / 'fraction.png')
 
 
+def plain(value):
+    """For JSON, which knows no NaN: None."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def cell(m):
     """.812 [.774, .850]"""
-    value, low, high = (f'{m[k]:.3f}'.replace('0.', '.', 1) if abs(m[k]) < 1 else f'{m[k]:.3f}'
-                        for k in ('value', 'low', 'high'))
+    value, low, high = ('-' if m[k] is None or math.isnan(m[k]) else f'{m[k]:.3f}'.replace('0.', '.', 1)
+                        if abs(m[k]) < 1 else f'{m[k]:.3f}' for k in ('value', 'low', 'high'))
     return f'{value} [{low}, {high}]'
 
 
@@ -1465,7 +1520,8 @@ def versus(cfg, y, p1, p2, patients):
     naive = {}
     if len(set(patients)) < len(y):
         beyond = 1 + min((whole <= 0).sum(), (whole >= 0).sum())
-        tests, naive = {'bootstrap by patient': float(min(1, 2 * beyond / (1 + len(whole))))}, tests
+        p = float(min(1, 2 * beyond / (1 + len(whole)))) if len(whole) else math.nan
+        tests, naive = {'bootstrap by patient': p}, tests
     return dict(difference=float(metric(y, p2) - metric(y, p1)), low=float(low), high=float(high),
                 undefined=len(values) - len(whole), tests=tests, naive=naive)
 
@@ -1491,13 +1547,13 @@ def subgroups(cfg, units, classes, y, result, patients):
     values = [next((v for k, v in unit.record.items() if k.lower() == cfg.subgroup.lower()), '') for unit in units]
     values = np.array([decade(v) if cfg.subgroup.lower() == 'age' else v or 'blank' for v in values], dtype=object)
     table, out = metrics(cfg, classes, result['threshold']), {}
-    print(f'\n{cfg.subgroup:16s}{"n":>6s} patients  ' + ''.join(f'{name:20s}' for name in table).rstrip())
+    print(f'\n{cfg.subgroup:16s}{"n":>6s} patients  ' + ''.join(f'{name:22s}' for name in table).rstrip())
     for value in sorted(set(values)):
         of = values == value
         out[value] = dict(n=int(of.sum()), patients=len(set(patients[of])),
                           metrics=measured(cfg, table, y[of], result['p'][of], patients[of]))
         print(f'{value:16s}{of.sum():6d} {out[value]["patients"]:8d}  '
-              + ''.join(f'{cell(m):20s}' for m in out[value]['metrics'].values()).rstrip())
+              + ''.join(f'{cell(m):22s}' for m in out[value]['metrics'].values()).rstrip())
     return out
 
 
@@ -1567,8 +1623,8 @@ def chart(curves, xlabel, ylabel, diagonal=False):
         pen.line([at(0, 0), at(1, 1)], '#999999', 2)
     for i, (name, (x, y, *intervals)) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
-        pen.line([at(*point) for point in zip(x, y)], colour, 4, joint='curve')
-        for a, b, (low, high) in zip(x, y, *intervals) if intervals else ():
+        pen.line([at(*point) for point in zip(x, y) if not np.isnan(point).any()], colour, 4, joint='curve')
+        for a, b, (low, high) in (z for z in zip(x, y, *intervals) if intervals and not np.isnan([*z[:2], *z[2]]).any()):
             pen.line([at(a, low), at(a, high)], colour, 2)
             pen.circle(at(a, b), 7, colour)
         height = top + side - 40 * (len(curves) - i)
@@ -1588,8 +1644,9 @@ def matrix(counts, classes):
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     for i, name in enumerate(classes):
         middle = margin + box * (i + 0.5)
-        pen.text((middle, margin - 12), name[:9], 'black', font(26), anchor='mb')
-        pen.text((margin - 12, middle), name[:9], 'black', font(26), anchor='rm')
+        short = name if len(name) < 10 else f'{name[:4]}…{name[-4:]}'
+        pen.text((middle, margin - 12), short, 'black', font(26), anchor='mb')
+        pen.text((margin - 12, middle), short, 'black', font(26), anchor='rm')
         for j, share in enumerate(shares[i]):
             x, y = margin + box * j, margin + box * i
             shade = tuple(int(255 - share * (255 - c)) for c in (0, 114, 178))
@@ -1638,8 +1695,10 @@ def stored(folder):
         r['p'] = np.array([[float(v) for name, v in line.items() if name.startswith('p_')] for line in lines])
         r['y'] = np.array([[int(v) for v in line['target'].split()] if r['cfg'].task == 'risk'
                            else r['classes'].index(line['target']) for line in lines])
-    except (OSError, KeyError, ValueError) as problem:
-        raise ValueError(f'{folder}: not a run of finetune.py ({problem})') from problem
+        if len(lines) != r['n'] or r['encoder'] not in r['metrics']:
+            raise ValueError(f"predictions.csv holds {len(lines)} units, metrics.json says {r['n']}")
+    except (OSError, LookupError, ValueError, TypeError, AttributeError) as problem:
+        raise ValueError(f'{folder}: not a run of finetune.py ({type(problem).__name__}: {problem})') from problem
     return r
 
 
@@ -1690,8 +1749,8 @@ def web(runs):
             polygon = name if name != r['encoder'] else folder if few else r['cfg'].encoder
             for metric, m in found.items():
                 if few:
-                    values[polygon][f"{r['cfg'].task} {metric}"].append(m['value'])
-                elif metric in ('AUC', 'macro F1', 'mean AUROC'):
+                    values[polygon][f"{r['cfg'].task} {metric}"].append(math.nan if m['value'] is None else m['value'])
+                elif metric in ('AUC', 'macro F1', 'mean AUROC') and m['value'] is not None:
                     values[polygon][r['cfg'].task].append(m['value'])
     axes = sorted({axis for polygon in values.values() for axis in polygon})
     return axes, {name: [np.mean(polygon.get(axis, math.nan)) for axis in axes] for name, polygon in values.items()}
@@ -1705,15 +1764,20 @@ def predict(argv, device):
     parser.add_argument('--checkpoint', required=True, metavar='RUN', help='folder that finetune.py wrote')
     args = parser.parse_args(argv)
     path = Path(args.checkpoint) / 'last.pt' if os.path.isdir(args.checkpoint) else Path(args.checkpoint)
+    if not path.exists():
+        raise ValueError(f'{path}: no such file; --checkpoint takes a folder that finetune.py wrote')
     encoder = vit.load(path)
     state = torch.load(path, map_location='cpu', weights_only=True)
     if 'head' not in state:
         raise ValueError(f'{path} holds an encoder without a head; give a run of finetune.py')
-    cfg, classes = replace(config_of(state['config']), workers=0), state['classes']
+    cfg, classes = replace(config_of(state['config']), workers=0, max_bad=1.0), state['classes']
     slots = SLOTS[cfg.level]
     given = [file.split('=', 1) if cfg.level != 'image' else ('image', file) for file in args.files]
     if any(len(pair) != 2 or pair[0] not in slots for pair in given):
         raise ValueError(f"this model reads {cfg.level}s: give VIEW=FILE with VIEW of {', '.join(slots)}")
+    absent = [file for _, file in given if not os.path.isfile(file)]
+    if absent:
+        raise ValueError(f'{absent[0]}: no such file; this model reads {cfg.level}s')
     rows = [Row(file, None, '', '') for _, file in given]
     units = [Unit(args.files[i], '', '', 0, [(i, 0)], {}) for i in range(len(rows))] if cfg.level == 'image' else \
         [Unit(cfg.level, '', '', 0, [(i, slots.index(view)) for i, (view, _) in enumerate(given)], {})]
@@ -1729,7 +1793,8 @@ def predict(argv, device):
     stats = features(cfg, encoder.to(device), rows, device, range(len(rows)), cache=False)
     names = [f'within {t + 1} y' for t in range(YEARS)] if cfg.task == 'risk' else classes
     for unit, p in zip(units, predicted(cfg, encoder, head, rows, stats, units, device)):
-        print(f'{unit.name}: ' + ', '.join(f'{name} {value:.3f}' for name, value in zip(names, p)))
+        found = ', '.join(f'{name} {value:.3f}' for name, value in zip(names, p))
+        print(f"{unit.name}: {'unreadable' if np.isnan(p).any() else found}")
     for views in missing_views(cfg, rows, units).values():
         print(f"missing {', '.join(views)}: the mean of the other views stands in")
     if cfg.balance and cfg.head != 'knn':
@@ -1745,11 +1810,20 @@ DEMO = dict(out='runs/finetune-demo', search=6, workers=0, epochs=60)
 
 def demo(cfg, device):
     """Density and cancer on synthetic breasts that no training has seen, prepared like any data set."""
-    folder = Path(cfg.out) / 'phantoms'
+    folder, again = Path(cfg.out) / 'phantoms', cfg.out == DEMO['out']
+    if (cfg.dataset, cfg.task) != (Config.dataset, Config.task):
+        raise ValueError(f'--dataset {cfg.dataset} --task {cfg.task} needs --root DIR; the demo has tasks of its own')
+    cfg = replace(cfg, root=str(folder), cache=f'{cfg.out}/features', search=0 if cfg.head == 'mlp' else cfg.search)
+    runs = [resolved(replace(cfg, task=task, out=f'{cfg.out}/{task}'), dist.get_world_size())
+            for task in ('density', 'cancer')]
+    if not again and any((Path(each.out) / 'metrics.json').exists() for each in runs):
+        raise ValueError(f'{cfg.out} holds runs; choose another --out, or give a data set with --root DIR')
     if dist.get_rank() == 0:
         print('SMOKE RUN ON PHANTOMS: every part of the method on synthetic breasts, no clinical meaning. '
               'Give a data set with --root DIR.', flush=True)
         folder.mkdir(parents=True, exist_ok=True)
+        for old in Path(cfg.cache).glob('*/*.npy'):         # of phantoms that are drawn anew
+            old.unlink()
         lines = ['path,patient,split,density,cancer']
         for i in range(cfg.phantoms):
             split = 'train' if i < 0.45 * cfg.phantoms else 'val' if i < 0.6 * cfg.phantoms else 'test'
@@ -1758,9 +1832,8 @@ def demo(cfg, device):
             lines.append(f"{i:04d}.npy,{i:04d},{split},{'abcd'[phantom.density]},{phantom.cancer}")
         (folder / 'manifest.csv').write_text('\n'.join(lines) + '\n')
     dist.barrier()
-    for task in ('density', 'cancer'):
-        run(resolved(replace(cfg, root=str(folder), task=task, out=f'{cfg.out}/{task}', cache=f'{cfg.out}/features')),
-            device, again=True)
+    for each in runs:
+        run(each, device, again)
 
 
 def main(argv):
@@ -1771,7 +1844,7 @@ def main(argv):
         predict(argv[1:], device)
     else:
         cfg = parse(Config, argv, DEMO, source='root')
-        if cfg.root is None:
+        if not cfg.root:
             demo(cfg, device)
         else:
             run(resolved(cfg, ranks), device)

@@ -138,7 +138,7 @@ def parse(config, argv, demo=None, source='data'):
     parser = argparse.ArgumentParser(usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(config):
-        text = f"{f.metadata['help']} [{f.metadata['source']}] (default: {f.default})"
+        text = f"{f.metadata['help']} [{f.metadata['source']}] (default: {f.default})".replace('%', '%%')
         kind = next((t for t in (bool, int, float) if t.__name__ in str(f.type)), str)
         if kind is bool:
             parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)

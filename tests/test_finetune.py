@@ -87,7 +87,7 @@ def test_delong_of_equal_scores_is_one_and_of_perfect_ones_collapses():
     y, s = np.array([0, 0, 1, 1, 1]), np.array([.1, .4, .3, .8, .9])
     assert finetune.delong(y, s, s)[2] == 1
     assert finetune.delong(y, y, 2 * y) == (1, 1, 1)
-    assert finetune.delong(y, y, -y) == (1, 0, 0)
+    assert math.isnan(finetune.delong(y, y, -y)[2])         # no variance, so nothing to test against
     assert finetune.delong_interval(y, y) == (1, 1)
 
 
@@ -141,6 +141,17 @@ def test_follow_up_counts_whole_years_and_leaves_out_what_was_not_observed():
     y, seen = finetune.follow_up(math.inf, 3.9)
     assert y.tolist() == [0] * 5 and seen.tolist() == [1, 1, 1, 0, 0]
     assert finetune.follow_up(math.inf, 0.5) is None and finetune.follow_up(-1, 5) is None
+
+
+def test_a_cancer_after_five_years_is_five_years_without_one(tmp_path):
+    write(tmp_path / 'manifest.csv', ['path|patient|years_to_cancer|years_followup', 'a|1|7.5|', 'b|2|NaN|2', 'c|3||',
+                                      'd|4|1|9'])
+    _, rows = finetune.manifest(Config(root=str(tmp_path), task='risk'))
+    assert [None if row.label is None else row.label.tolist() for row in rows] == [
+        [0] * 5, [0, 0, -1, -1, -1], None, [0, 1, -1, -1, -1]]
+    write(tmp_path / 'manifest.csv', ['path|patient|years_to_cancer|years_followup', 'a|1|-inf|3'])
+    with pytest.raises(ValueError, match="line 2: years_to_cancer '-inf'"):
+        finetune.manifest(Config(root=str(tmp_path), task='risk'))
 
 
 def test_hazard_loss_stays_finite_where_probabilities_saturate():
@@ -381,6 +392,9 @@ def test_a_manifest_takes_optional_columns_and_refuses_a_patient_in_two_splits(t
     with pytest.raises(ValueError, match='short.csv: no column path, patient; found file, label'):
         labels('csv', tmp_path / 'short.csv', 'cancer')
     rows = [Row('', i % 2, str(i // 2), '', split='train' if i % 8 else 'test') for i in range(40)]
+    write(tmp_path / 'twice.csv', ['path|patient|label', 'a.png|1|0', './x/../a.png|2|1'])
+    with pytest.raises(ValueError, match='line 3: ./x/../a.png stands in line 2 already'):
+        labels('csv', tmp_path / 'twice.csv', 'cancer')
     with pytest.raises(ValueError, match='patients are in two splits, the first: 0 in test and train'):
         finetune.assign(Config(), rows, [])
 
@@ -460,7 +474,7 @@ def test_views_stand_in_the_order_of_dbt_dino_and_missing_ones_are_named():
     assert [sorted(slot for _, slot in unit.rows) for unit in units] == [[0, 1, 2, 3], [0, 2, 3]]
     assert [rows[i].path for i, _ in sorted(units[0].rows, key=lambda r: r[1])] == ['RCC', 'LCC', 'RMLO', 'LMLO']
     assert finetune.missing_views(cfg, rows, units) == {'p e2': ['LCC']}
-    assert notes == ['images of other views take no part at exam level: AT 1']
+    assert notes == ['images of views other than RCC, LCC, RMLO, LMLO take no part at exam level: LAT 1']
     stats = torch.arange(len(rows) * 4.0).view(len(rows), 4, 1)
     x, there = finetune.unit_features(cfg, units, stats)
     four = dict(zip([(r.exam, r.path) for r in rows], stats[:, 0, 0].tolist()))
@@ -533,6 +547,9 @@ def test_features_are_cached_by_file_and_weights(files, group, tmp_path, monkeyp
         encoder.norm.bias += 1
     assert (finetune.features(cfg, encoder, rows, cpu, range(4))[:, :2] != first[:, :2]).all()
     assert len(list(tmp_path.glob('*/*.npy'))) == 8 and not list(tmp_path.glob('*/*.part'))
+    for path in tmp_path.glob('*/*.npy'):
+        path.write_bytes(b'')                               # a damaged cache is made anew
+    assert not finetune.features(cfg, encoder, rows, cpu, range(4)).isnan().any()
 
 
 # ---- heads --------------------------------------------------------------------------------------------------------
@@ -614,7 +631,9 @@ def test_neighbours_vote_by_cosine_and_their_shares_sum_to_one():
     (dict(dataset='inbreast'), '--dataset inbreast: expected rsna, vindr'),
     (dict(dataset='mias', level='exam'), 'MLO views only'),
     (dict(fraction=(0.0, 1.0)), '--fraction 0.0'), (dict(head='knn', freeze=False), 'trains nothing'),
-    (dict(lr=-1.0), '--lr -1.0 must be above 0')])
+    (dict(lr=-1.0), '--lr -1.0 must be above 0'), (dict(lr=0.0), '--lr 0.0 must be above 0'),
+    (dict(classes=('a', 'b', 'c')), 'takes two, the negative first'),
+    (dict(head='mlp', search=3), 'tries heads on frozen features'), (dict(epochs=0), 'trains nothing')])
 def test_what_cannot_work_is_refused_at_once(flags, words):
     with pytest.raises(ValueError, match=words):
         resolved(Config(**flags))
@@ -838,6 +857,31 @@ def test_a_run_is_not_overwritten_and_a_wrong_encoder_is_named(risk, exams, enco
     torch.save(dict(x=torch.zeros(1)), tmp_path / 'other.pt')
     with pytest.raises(ValueError, match='no ViT in it'):
         cli('--root', exams, '--task', 'density', '--encoder', tmp_path / 'other.pt', '--out', tmp_path / 'run', *FAST)
+
+
+def test_training_that_diverges_is_no_result(exams, encoder, tmp_path):
+    for head in ('linear', 'mlp'):
+        with pytest.raises(ValueError, match='the validation loss was never finite; lower --lr'):
+            cli('--root', exams, '--task', 'cancer', '--head', head, '--lr', 1e30, '--encoder', encoder, '--out',
+                tmp_path / head, *FAST, '--cache', tmp_path / 'cache')
+
+
+def test_a_split_that_cannot_be_read_ends_the_run_in_words(exams, encoder, tmp_path):
+    lines = (exams / 'manifest.csv').read_text().splitlines()
+    splits = ['split', *(f"{'train val test'.split()[int(line.split(',')[1][1:]) % 7 % 3]}" for line in lines[1:])]
+    (tmp_path / 'manifest.csv').write_text('\n'.join(f'{a},{b}' for a, b in zip(lines, splits)) + '\n')
+    for line, split in zip(lines[1:], splits[1:]):
+        path = tmp_path / line.split(',')[0]
+        path.write_bytes(b'broken' if split == 'val' else (exams / path.name).read_bytes())
+    with pytest.raises(ValueError, match='the val split is empty.*after the unreadable files were left out'):
+        cli('--root', tmp_path, '--task', 'cancer', '--encoder', encoder, '--out', tmp_path / 'run', *FAST, '--cache',
+            tmp_path / 'cache')
+
+
+@pytest.mark.parametrize('script', ['pretrain', 'finetune'])
+def test_help_is_printed(script):
+    done = subprocess.run([sys.executable, str(ROOT / f'{script}.py'), '--help'], capture_output=True, text=True)
+    assert done.returncode == 0 and '--seed' in done.stdout and '45 % train' in done.stdout or script == 'pretrain'
 
 
 def test_an_error_is_one_sentence_on_the_terminal(tmp_path):
