@@ -18,6 +18,7 @@ import contextlib
 import copy
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -38,7 +39,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import mask
@@ -62,12 +63,10 @@ class Config:
     encoder: str = option('runs/demo/last.pt', 'ours', 'a checkpoint of ours or the official DINOv2 file')
     dinov2: str | None = option(None, 'paper 3.3', 'the official DINOv2 file, for a row of its own')
     head: str = option('linear', 'ours', 'mlp (MammoDINO), linear, hazard (DBT-DINO) or knn')
-    pool: str | None = option(None, 'dbt-dino 3.1', 'cls_mean, cls_mean_std, patch_mean or patch_mean_std, over '
-                                                    'slices; by head')
+    pool: str | None = option(None, 'dbt-dino 3.1', 'cls_mean, cls_mean_std, patch_mean, patch_mean_std; by head')
     level: str | None = option(None, 'ours', 'image, breast or exam; by data set and task')
     freeze: bool | None = option(None, 'dbt-dino 6.2', 'train the head alone, on cached features; not for mlp')
-    cancer_rule: str | None = option(None, 'ours', 'vindr: birads5 or birads45 counts as cancer; cmmd: unlisted, '
-                                                   'breasts without a row are negatives')
+    cancer_rule: str | None = option(None, 'ours', 'vindr: birads5 or birads45 is cancer; cmmd: unlisted is none')
     classes: tuple[str, ...] = option((), 'ours', 'csv: the labels in their order')
     subgroup: str | None = option(None, 'dbt-dino 3.3', 'a table by this column of the label file, such as age')
     fraction: tuple[float, ...] = option((1.0,), 'dbt-dino 3.2', 'shares of the training patients, a result for each')
@@ -100,11 +99,11 @@ class Config:
 TASKS = ('cancer', 'lesion', 'lesion_type', 'birads', 'density', 'risk')
 BINARY, ORDERED = ('cancer', 'lesion'), ('birads', 'density')
 SLOTS = dict(image=('image',), breast=('CC', 'MLO'), exam=('RCC', 'LCC', 'RMLO', 'LMLO'))       # DBT-DINO's order
-POOLS = dict(cls_mean=(0,), cls_mean_std=(0, 2), patch_mean=(1,), patch_mean_std=(1, 3))        # of `statistics`
-RECIPES = dict(mlp=dict(pool='cls_mean', freeze=False, epochs=30),
+POOLS = dict(cls_mean=[0], cls_mean_std=[0, 2], patch_mean=[1], patch_mean_std=[1, 3])          # of `encode`
+RECIPES = dict(mlp=dict(pool='cls_mean', freeze=False, epochs=30, lr=1e-3, rates=(1e-5, 1e-2)),
                linear=dict(pool='patch_mean_std', freeze=True, epochs=75, lr=1e-3, rates=(1e-5, 1e-2)),
                hazard=dict(pool='patch_mean_std', freeze=True, epochs=100, lr=3e-4, rates=(1e-5, 1e-3)),
-               knn=dict(pool='cls_mean', freeze=True, epochs=0))
+               knn=dict(pool='cls_mean', freeze=True, epochs=0, lr=1e-3, rates=()))
 
 
 def parse(config, argv, demo=None, source='data'):
@@ -138,6 +137,24 @@ def setup():
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def save(path, state):
+    """Written beside its place and moved there whole: a crash or a full disk leaves the checkpoint before it."""
+    part = Path(f'{path}.part')
+    try:
+        torch.save(state, part)
+    except (OSError, RuntimeError) as problem:
+        part.unlink(missing_ok=True)
+        raise OSError(f'{path} cannot be written ({problem}); free some disk space and start again') from problem
+    os.replace(part, path)
+
+
+def cosine(step, steps, start, end, warmup=0):
+    """Linear from 0 over `warmup` steps, then half a cosine from start to end (DINOv2, per step)."""
+    if step < warmup:
+        return start * step / max(warmup - 1, 1)
+    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+
+
 def resolved(cfg, ranks=1):
     """The configuration with its Nones filled in by head, data set and task; ValueError for what cannot work."""
     choices = dict(dataset=DATASETS, task=TASKS, head=RECIPES, pool=(None, *POOLS), level=(None, *SLOTS),
@@ -156,7 +173,7 @@ def resolved(cfg, ranks=1):
         raise ValueError(f'--level {level}: mini-MIAS has MLO views only; use --level image')
     cfg = replace(cfg, freeze=freeze, level=level, pool=cfg.pool or recipe['pool'],
                   epochs=recipe['epochs'] if cfg.epochs is None else cfg.epochs,
-                  lr=(recipe.get('lr', 1e-3) if freeze else 1e-4) if cfg.lr is None else cfg.lr,
+                  lr=cfg.lr if cfg.lr is not None else recipe['lr'] if freeze else 1e-4,
                   slices=cfg.slices or (0 if freeze else 4), fraction=tuple(sorted(set(cfg.fraction))))
     wrong = [f'--{name} {getattr(cfg, name)} must be above 0 and finite' for name in (
         'draws', 'chunk', 'batch', 'micro_batch', 'lr', 'layer_decay', 'clip', 'hidden', 'neighbours')
@@ -168,6 +185,8 @@ def resolved(cfg, ranks=1):
         wrong.append(f'--classes {" ".join(cfg.classes)}: --task {cfg.task} takes two, the negative first')
     if cfg.epochs == 0 and cfg.head != 'knn':
         wrong.append('--epochs 0 trains nothing')
+    if cfg.classes and cfg.task in BINARY and len(cfg.classes) != 2:
+        wrong.append(f'--classes: --task {cfg.task} has two')
     if not freeze and cfg.batch % ranks:
         wrong.append(f'--batch {cfg.batch} does not divide among {ranks} ranks')
     if not freeze and cfg.search:
@@ -189,21 +208,16 @@ def auc(y, s):
     return float((stats.rankdata(s)[y].sum() - m * (m + 1) / 2) / (m * n))
 
 
-def _placements(y, s):
-    """DeLong's components from midranks (Sun & Xu 2014): for each positive the share of negatives it beats (m,), for
-    each negative the share of positives that beat it (n,)."""
-    y, s = np.asarray(y) > 0, np.asarray(s, float)
-    ranks, m, n = stats.rankdata(s), y.sum(), (~y).sum()
-    return (ranks[y] - stats.rankdata(s[y])) / n, 1 - (ranks[~y] - stats.rankdata(s[~y])) / m
-
-
 def _delong(y, scores):
-    """AUCs (k,) of k models and their covariance (k, k)."""
-    positives, negatives = (np.stack(part) for part in zip(*(_placements(y, s) for s in scores)))
-    if min(positives.shape[1], negatives.shape[1]) < 2:     # a single case has no variance
-        return positives.mean(1), np.full((len(scores),) * 2, math.nan)
-    covariance = np.cov(positives) / positives.shape[1] + np.cov(negatives) / negatives.shape[1]
-    return positives.mean(1), np.atleast_2d(covariance)
+    """AUCs (k,) of k models, scores (k, n), and their covariance (k, k), from midranks (Sun & Xu 2014): of the share
+    of negatives that each positive beats, and the share of positives that beat each negative."""
+    y, scores = np.asarray(y) > 0, np.asarray(scores, float)
+    m, n, ranks = y.sum(), (~y).sum(), stats.rankdata(scores, axis=1)
+    beaten = (ranks[:, y] - stats.rankdata(scores[:, y], axis=1)) / n                   # (k, m)
+    beating = 1 - (ranks[:, ~y] - stats.rankdata(scores[:, ~y], axis=1)) / m            # (k, n)
+    if min(m, n) < 2:                                       # a single case has no variance
+        return beaten.mean(1), np.full((len(scores),) * 2, math.nan)
+    return beaten.mean(1), np.atleast_2d(np.cov(beaten) / m + np.cov(beating) / n)
 
 
 def delong(y, s1, s2):
@@ -215,7 +229,7 @@ def delong(y, s1, s2):
         return a1, a2, math.nan
     if np.array_equal(stats.rankdata(s1), stats.rankdata(s2)):
         return a1, a2, 1.0
-    covariance = _delong(y, (s1, s2))[1]
+    _, covariance = _delong(y, (s1, s2))
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
     if variance < 1e-18:                                    # no variance to test against
         return a1, a2, 1.0 if a1 == a2 else math.nan
@@ -241,24 +255,24 @@ def f1(y, yhat, classes, average='macro'):
     average: 'macro', the plain mean over all classes, absent ones too (DBT-DINO 6.2.1; MammoDINO does not say);
     'weighted', by true frequency; 'micro', over all cases, which is accuracy.
     """
-    table = confusion(y, yhat, classes)
-    hits, true, predicted = np.diag(table), table.sum(1), table.sum(0)
-    if average == 'micro':
-        return float(2 * hits.sum() / max(true.sum() + predicted.sum(), 1))
-    each = 2 * hits / np.maximum(true + predicted, 1)
-    if average not in ('macro', 'weighted'):
-        raise ValueError(f"average {average!r}: expected 'macro', 'weighted' or 'micro'")
-    return float(each.mean() if average == 'macro' else (each * true).sum() / max(true.sum(), 1))
+    counts = confusion(y, yhat, classes)
+    hits, true, guessed = np.diag(counts), counts.sum(1), counts.sum(0)
+    each = 2 * hits / np.maximum(true + guessed, 1)
+    averages = dict(macro=each.mean(), weighted=(each * true).sum() / max(true.sum(), 1),
+                    micro=hits.sum() / max(true.sum(), 1))
+    if average not in averages:
+        raise ValueError(f"average {average!r}: expected {', '.join(averages)}")
+    return float(averages[average])
 
 
 def kappa(y, yhat, classes):
     """Cohen's kappa with quadratic weights (i - j)^2 over all classes, for ordered ones. NaN where truth and
     prediction are one and the same single class."""
-    table = confusion(y, yhat, classes)
-    i = np.arange(len(table))
+    counts = confusion(y, yhat, classes)
+    i = np.arange(len(counts))
     weight = np.square(i[:, None] - i)
-    chance = np.outer(table.sum(1), table.sum(0)) / max(table.sum(), 1)
-    return float(1 - (weight * table).sum() / (weight * chance).sum()) if (weight * chance).any() else math.nan
+    chance = np.outer(counts.sum(1), counts.sum(0)) / max(counts.sum(), 1)
+    return float(1 - (weight * counts).sum() / (weight * chance).sum()) if (weight * chance).any() else math.nan
 
 
 def mcnemar(a, b):
@@ -277,6 +291,21 @@ def benjamini_hochberg(p):
     order = np.argsort(p)[::-1]
     adjusted = np.minimum.accumulate(p[order] * len(p) / np.arange(len(p), 0, -1))
     return np.minimum(adjusted, 1)[np.argsort(order)]
+
+
+def roc(y, s):
+    """-> false and true positive rates and thresholds, from (0, 0) to (1, 1); one point for each distinct score."""
+    order = np.argsort(-np.asarray(s), kind='stable')
+    y, s = np.asarray(y)[order] > 0, np.asarray(s)[order]
+    last = np.append(s[1:] != s[:-1], True)
+    tp, fp = np.cumsum(y)[last], np.cumsum(~y)[last]
+    return np.append(0, fp / max(fp[-1], 1)), np.append(0, tp / max(tp[-1], 1)), np.append(np.inf, s[last])
+
+
+def youden(y, s):
+    """The threshold with the largest sensitivity + specificity, for `s >= threshold`; chosen on validation."""
+    fpr, tpr, thresholds = roc(y, s)
+    return float(thresholds[1 + np.argmax((tpr - fpr)[1:])])                            # not the one above all scores
 
 
 def in_year(y, mask):
@@ -321,10 +350,10 @@ def knn(similarity, labels, k=10, temp=0.07):
 
 # ---- cumulative hazard (DBT-DINO 6.2.2; Yala 2021) ------------------------------------------------------------------
 
-YEARS = 5
+YEARS = ('year 1', 'year 2', 'year 3', 'year 4', 'year 5')
 
 
-def follow_up(years_to_cancer, years_followup, years=YEARS):
+def follow_up(years_to_cancer, years_followup, years=len(YEARS)):
     """One exam -> y (T,), mask (T,), or None where nothing was observed or cancer came before. Years after the exam:
     cancer in year c < T, from 0, gives y = 1 from c on and is observed up to c; no cancer, `years_followup` years."""
     cancer, year = years_to_cancer < years, np.arange(years)
@@ -364,43 +393,49 @@ class Row:
     path: str
     label: str | np.ndarray | None                          # a class; risk: (T,), 1 cancer by then, 0 none, -1 unseen
     patient: str
-    exam: str
     laterality: str = ''                                    # L or R
     view: str = ''                                          # CC, MLO, ...
     split: str = ''                                         # train, val or test
+    exam: str = ''                                          # where a patient has several
     frame: int | None = None                                # None: every slice of the file
     record: dict = field(default_factory=dict)              # its line of the label file, for --subgroup
     readable: bool = True                                   # until its file turns out not to be
 
 
+TYPES = ('calcification', 'mass', 'both')
+CLASSES = dict(                         # data set -> the tasks it defines -> classes in order; '': those that occur
+    rsna=dict(cancer='01', birads='120', density='ABCD'),
+    vindr=dict(cancer='01', lesion='01', lesion_type='', birads='12345', density='ABCD'),
+    ddsm=dict(cancer='01', lesion_type=TYPES, birads='', density='1234'),
+    cmmd=dict(cancer='01', lesion='01', lesion_type=TYPES),
+    cesm=dict(cancer='01', lesion='01', birads='', density='ABCD'),
+    mias=dict(cancer='01', lesion='01', lesion_type=('ARCH', 'ASYM', 'CALC', 'CIRC', 'MISC', 'SPIC'), density='FGD'),
+    csv=dict(cancer='01', lesion='01', lesion_type='', birads='', density='abcd', risk=YEARS))
 REFUSED = {
     ('rsna', 'lesion'): 'RSNA has no lesion labels; BI-RADS 0 (recalled) comes nearest: --task birads',
     ('rsna', 'lesion_type'): 'RSNA has no lesion labels',
-    ('ddsm', 'lesion'): 'CBIS-DDSM has no normal breasts, every image has a lesion; add normals of DDSM or MINI-DDSM '
-                        'and use --dataset csv',
+    ('ddsm', 'lesion'): 'CBIS-DDSM has no normal breasts; add those of DDSM or MINI-DDSM and use --dataset csv',
     ('cmmd', 'birads'): 'CMMD has no BI-RADS; TOMPEI-CMMD adds it for MLO views: join its sheet and use --dataset csv',
     ('cmmd', 'density'): 'CMMD has no density; TOMPEI-CMMD adds it for MLO views: join its sheet and use --dataset csv',
-    ('cesm', 'lesion_type'): 'CDD-CESM lists findings as free text, several for an image; choose a rule, write a '
-                             'manifest and use --dataset csv',
+    ('cesm', 'lesion_type'): 'CDD-CESM lists findings as free text; choose a rule for them and use --dataset csv',
     ('mias', 'birads'): 'mini-MIAS has no BI-RADS; --task density has its own three classes, F G D'}
 LEVELS = {'rsna': 'breast', 'vindr': 'breast', 'cmmd': 'breast', ('vindr', 'lesion'): 'image',
           ('vindr', 'lesion_type'): 'image', ('csv', 'risk'): 'exam'}                   # as their labels are given
 
 
-def table(path, *columns):
-    """A CSV or the sheet of an .xlsx (`FILE.xlsx:SHEET`) -> list of dicts, names and values stripped. ValueError
+def table(path, *columns, sheet=None):
+    """A CSV, or a sheet of an .xlsx, the first by default -> list of dicts, names and values stripped. ValueError
     where a column is missing, with what was found."""
-    path = str(path)
-    if re.search(r'\.xlsx(:|$)', path):
-        lines = _xlsx(*path.split('.xlsx:')) if '.xlsx:' in path else _xlsx(path.removesuffix('.xlsx'))
-    else:
-        try:
+    if not os.path.exists(path):
+        raise ValueError(f'{path}: no such file; --root is the folder that holds it')
+    try:
+        if str(path).endswith('.xlsx'):
+            lines = _xlsx(path, sheet)
+        else:
             with open(path, newline='', encoding='utf-8-sig') as file:
                 lines = [line for line in csv.reader(file) if any(map(str.strip, line))]
-        except FileNotFoundError:
-            raise ValueError(f'{path}: no such file; --root is the folder that holds it') from None
-        except (UnicodeDecodeError, csv.Error) as problem:
-            raise ValueError(f'{path}: not a CSV in UTF-8 ({problem})') from None
+    except (ValueError, LookupError, AttributeError, csv.Error, zipfile.BadZipFile, ElementTree.ParseError) as problem:
+        raise ValueError(f'{path}: not a readable CSV in UTF-8 or .xlsx ({problem}); save it again') from None
     header = [name.strip() for name in lines[0]] if lines else []
     missing = [name for name in columns if name not in header]
     if missing:
@@ -415,116 +450,83 @@ def _blank(text):
     return '' if text.lower() in ('nan', 'na', 'n/a', 'null', 'none') else text
 
 
-def _xlsx(stem, sheet=None):
-    """The cells of one sheet, the first by default, as lists of strings. An .xlsx is a zip of XML files: sheets hold
+def _xlsx(path, sheet):
+    """The cells of a sheet, the first by default, as lists of strings. An .xlsx is a zip of XML files: sheets hold
     numbers, or indices into one list of strings."""
-    path = f'{stem}.xlsx'
-    try:
-        with zipfile.ZipFile(path) as book:
-            if sum(part.file_size for part in book.infolist()) > 200_000_000:
-                raise ValueError('it unpacks to more than 200 MB')
+    with zipfile.ZipFile(path) as book:
+        if sum(part.file_size for part in book.infolist()) > 200_000_000:
+            raise ValueError('it unpacks to more than 200 MB')
 
-            def xml(name):
-                return ElementTree.fromstring(book.read(name))
+        def xml(name):
+            return ElementTree.fromstring(book.read(name))
 
-            def text(element):
-                return ''.join(t.text or '' for t in element.findall('.//{*}t'))
-
-            shared = 'xl/sharedStrings.xml'
-            strings = [text(item) for item in xml(shared)] if shared in book.namelist() else []
-            links = {s.get('name').strip(): next(v for k, v in s.items() if k.endswith('}id'))
-                     for s in xml('xl/workbook.xml').findall('.//{*}sheet')}
-            if sheet is not None and sheet not in links:
-                raise ValueError(f"no sheet {sheet!r}; found {', '.join(links)}")
-            targets = {r.get('Id'): r.get('Target') for r in xml('xl/_rels/workbook.xml.rels')}
-            target = targets[links[sheet] if sheet is not None else list(links.values())[0]]
-            lines = []
-            for line in xml(target.lstrip('/') if target.startswith('/') else f'xl/{target}').findall('.//{*}row'):
-                cells = {}
-                for cell in line.findall('{*}c'):
-                    value = text(cell) if cell.get('t') == 'inlineStr' else cell.findtext('{*}v') or ''
-                    column = re.match('[A-Z]+', cell.get('r'))[0]
-                    cells[len(column), column] = strings[int(value)] if cell.get('t') == 's' else value
+        strings, lines = [], []
+        if 'xl/sharedStrings.xml' in book.namelist():
+            strings = [''.join(item.itertext()) for item in xml('xl/sharedStrings.xml')]
+        link = '{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id'
+        sheets = {s.get('name').strip(): s.get(link) for s in xml('xl/workbook.xml').findall('.//{*}sheet')}
+        if sheet not in (None, *sheets):
+            raise ValueError(f"no sheet {sheet!r}, found {', '.join(sheets)}")
+        files = {r.get('Id'): r.get('Target').removeprefix('/xl/') for r in xml('xl/_rels/workbook.xml.rels')}
+        for row in xml(f'xl/{files[sheets[sheet or list(sheets)[0]]]}').findall('.//{*}row'):
+            cells = {}                                      # blank ones are left out
+            for cell in row.findall('{*}c'):
+                value = ''.join(cell.itertext()) if cell.get('t') == 'inlineStr' else cell.findtext('{*}v') or ''
+                column = cell.get('r').rstrip('0123456789')
+                cells[len(column), column] = strings[int(value)] if cell.get('t') == 's' else value
+            if cells:
                 lines.append(cells)
-    except FileNotFoundError:
-        raise ValueError(f'{path}: no such file; --root is the folder that holds it') from None
-    except (ValueError, LookupError, TypeError, StopIteration, zipfile.BadZipFile, ElementTree.ParseError) as problem:
-        raise ValueError(f'{path}: not a readable .xlsx ({problem}); open it and save it again as .xlsx') from None
-    columns = sorted(lines[0]) if lines else []                                         # A … Z, AA …
-    return [[line.get(column, '') for column in columns] for line in lines if line]
+    return [[line.get(column, '') for column in sorted(lines[0])] for line in lines]      # A … Z, AA …
 
 
-def _images(cfg):
-    """Every image file of the data set, prepared ones where --images is given."""
-    return mask.listing(cfg.images or cfg.root)
+def yes(truth):
+    """A label of the tasks with two classes."""
+    return '1' if truth else '0'
 
 
-def _prepared(cfg, path):
-    """Where a file of --root lies: below --images under the name `mask.py prepare` gave it, or itself."""
-    if cfg.images is None or Path(path).is_relative_to(cfg.images):
-        return path
-    root = Path(cfg.root) if os.path.isdir(cfg.root) else Path(cfg.root).parent
-    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
-        raise ValueError(f'{path} lies outside {root}, so --images cannot mirror it; drop --images or move the list')
-    mirror = Path(cfg.images) / os.path.relpath(path, root)
-    named = mirror.suffix.lower() in mask.SUFFIXES
-    prepared = mirror.with_suffix('.npy') if named else Path(f'{mirror}.npy')
-    return str(mirror if mirror.exists() else prepared)
-
-
-def _found(rows):
-    """The labels that occur, in order, as classes."""
-    return tuple(sorted({row.label for row in rows if isinstance(row.label, str)}))
-
-
-def _number(text):
-    """'2.0' -> '2': pandas writes a column with blanks as floats."""
-    return text.removesuffix('.0')
+def highest(values, **labels):
+    """The highest of the labels that values stand for; a value that stands for none stays, and is refused by `load`."""
+    return max(labels.get(value, value) for value in values)
 
 
 def rsna(cfg):
     """RSNA 2022 (Kaggle): train.csv, train_images/<patient>/<image>.dcm. One label per breast, copied to each image.
-    BI-RADS is 1, 2 or 0 (recalled, which gives cancer away) on half of the images; density is blank for site 2."""
+    BI-RADS is 1, 2 or 0 (recalled, which gives cancer away) on half of the images, density blank for site 2; what has
+    blanks may be written as 2.0."""
     column = dict(cancer='cancer', birads='BIRADS', density='density')[cfg.task]
-    classes = dict(cancer=('0', '1'), birads=('1', '2', '0'), density=tuple('ABCD'))[cfg.task]
     records = table(Path(cfg.root) / 'train.csv', 'patient_id', 'image_id', 'laterality', 'view', column)
-    return classes, [Row(f"{cfg.root}/train_images/{r['patient_id']}/{r['image_id']}.dcm", _number(r[column]) or None,
-                         r['patient_id'], r['patient_id'], r['laterality'], r['view'], record=r) for r in records]
+    return [Row(f"{cfg.root}/train_images/{r['patient_id']}/{r['image_id']}.dcm", r[column].removesuffix('.0') or None,
+                r['patient_id'], r['laterality'], r['view'], record=r) for r in records]
 
 
 def vindr(cfg):
     """VinDr-Mammo: breast-level_annotations.csv, finding_annotations.csv, images/<study>/<image>.dicom, official split.
     lesion: the image has a box. lesion_type: the first category of its largest box; images without one take no part."""
-    records = table(Path(cfg.root) / 'breast-level_annotations.csv', 'study_id', 'image_id', 'laterality',
-                    'view_position', 'breast_birads', 'breast_density', 'split')
-    if cfg.task == 'cancer' and cfg.cancer_rule not in ('birads5', 'birads45'):
+    suspicious = dict(birads5=('5',), birads45=('4', '5')).get(cfg.cancer_rule, ())
+    if cfg.task == 'cancer' and not suspicious:
         raise ValueError('VinDr has no cancer label; choose a rule: --cancer_rule birads5 (226 images) or '
                          'birads45 (988)')
-    largest = defaultdict(lambda: (0.0, None))              # image -> area and category of its largest box
+    records = table(Path(cfg.root) / 'breast-level_annotations.csv', 'study_id', 'image_id', 'laterality',
+                    'view_position', 'breast_birads', 'breast_density', 'split')
+    boxes = defaultdict(list)                               # image -> (area, category) of each box
     if cfg.task in ('lesion', 'lesion_type'):
         for f in table(Path(cfg.root) / 'finding_annotations.csv', 'image_id', 'finding_categories', 'xmin', 'ymin',
                        'xmax', 'ymax'):
             categories = [c for c in re.findall("'([^']+)'", f['finding_categories']) if c != 'No Finding']
-            if categories and f['xmin']:
-                try:
-                    x0, y0, x1, y1 = (float(f[name]) for name in ('xmin', 'ymin', 'xmax', 'ymax'))
-                except ValueError:
-                    raise ValueError(f"{cfg.root}/finding_annotations.csv: {f['image_id']} has a box that is no "
-                                     'numbers') from None
-                area = (x1 - x0) * (y1 - y0)
-                largest[f['image_id']] = max(largest[f['image_id']], (area, categories[0]), key=lambda x: x[0])
-    suspicious = {'birads5': '5', 'birads45': '45'}.get(cfg.cancer_rule, '')
+            try:
+                if categories and f['xmin']:
+                    area = (float(f['xmax']) - float(f['xmin'])) * (float(f['ymax']) - float(f['ymin']))
+                    boxes[f['image_id']].append((area, categories[0]))
+            except ValueError as problem:
+                raise ValueError(f"finding_annotations.csv, image {f['image_id']}: {problem}") from None
 
     def label(r):
-        grade = r['breast_birads'].removeprefix('BI-RADS ')
-        finding = largest[r['image_id']][1]
-        return dict(birads=grade, density=r['breast_density'].removeprefix('DENSITY '), lesion_type=finding,
-                    cancer=grade and str(int(grade in suspicious)),
-                    lesion=str(int(finding is not None)))[cfg.task] or None
+        grade, found = r['breast_birads'].removeprefix('BI-RADS '), boxes[r['image_id']]
+        return dict(cancer=grade and yes(grade in suspicious), lesion=yes(found), lesion_type=found and max(found)[1],
+                    birads=grade, density=r['breast_density'].removeprefix('DENSITY '))[cfg.task] or None
 
-    rows = [Row(f"{cfg.root}/images/{r['study_id']}/{r['image_id']}.dicom", label(r), r['study_id'], r['study_id'],
-                r['laterality'], r['view_position'], r['split'].removesuffix('ing'), record=r) for r in records]
-    return dict(birads=tuple('12345'), density=tuple('ABCD'), lesion_type=_found(rows)).get(cfg.task, ('0', '1')), rows
+    return [Row(f"{cfg.root}/images/{r['study_id']}/{r['image_id']}.dicom", label(r), r['study_id'], r['laterality'],
+                r['view_position'], r['split'].removesuffix('ing'), record=r) for r in records]
 
 
 def ddsm(cfg):
@@ -532,44 +534,35 @@ def ddsm(cfg):
     one row: malignant, BI-RADS and density are the highest of its abnormalities; a film with a mass and a
     calcification is `both`. Found by its folder, Mass-Training_P_00001_LEFT_CC, or by its series UID: the other UIDs
     changed when the archive was packed again, and the ROI columns, which may be swapped, are not needed."""
-    sides, films, missing = dict(LEFT='L', RIGHT='R'), defaultdict(list), []
-    verdicts = dict(MALIGNANT='1', BENIGN='0', BENIGN_WITHOUT_CALLBACK='0')
-    for kind in ('mass', 'calc'):
-        for split in ('train', 'test'):
-            path = Path(cfg.root) / f'{kind}_case_description_{split}_set.csv'
-            if not path.exists():
-                missing.append(path.name)
-                continue
-            density = 'breast_density' if kind == 'mass' else 'breast density'
-            for r in table(path, 'patient_id', density, 'left or right breast', 'image view', 'abnormality type',
-                           'assessment', 'pathology', 'image file path'):
-                r['density'] = '' if r[density] == '0' else r[density]
-                side = r['left or right breast']
-                films[split, r['patient_id'], sides.get(side.upper(), side), r['image view']].append(r)
-    if len(missing) == 4:
-        raise ValueError(f'{cfg.root}: none of the four case_description CSVs of CBIS-DDSM, such as {missing[0]}')
+    films, places, rows = defaultdict(list), {}, []
+    for path in sorted(Path(cfg.root).glob('????_case_description_*_set.csv'), reverse=True):
+        kind, _, _, split, _ = path.stem.split('_')
+        density = 'breast_density' if kind == 'mass' else 'breast density'
+        for r in table(path, 'patient_id', density, 'left or right breast', 'image view', 'abnormality type',
+                       'assessment', 'pathology', 'image file path'):
+            r['density'] = '' if r[density] == '0' else r[density]
+            films[split, r['patient_id'], r['left or right breast'][:1].upper(), r['image view']].append(r)
+    if not films:
+        raise ValueError(f'{cfg.root}: none of the four CSVs of CBIS-DDSM, such as mass_case_description_train_set.csv')
+    for path in mask.listing(cfg.images or cfg.root):
+        for part in Path(path).parts[:-1]:
+            places.setdefault(part, path)                   # folder or series UID -> its first file
 
     def label(found):
         kinds = {'calcification' if r['abnormality type'].startswith('calc') else 'mass' for r in found}
-        return dict(cancer=max(verdicts.get(r['pathology'], r['pathology']) for r in found),
-                    birads=max(r['assessment'] for r in found), density=max(r['density'] for r in found),
-                    lesion_type='both' if len(kinds) == 2 else kinds.pop())[cfg.task] or None
+        return dict(cancer=highest((r['pathology'] for r in found), MALIGNANT='1', BENIGN='0',
+                                   BENIGN_WITHOUT_CALLBACK='0'),
+                    lesion_type='both' if len(kinds) == 2 else kinds.pop(), density=max(r['density'] for r in found),
+                    birads=max(r['assessment'] for r in found))[cfg.task] or None
 
-    places = {}
-    for path in _images(cfg):
-        for part in Path(path).parts[:-1]:
-            places.setdefault(part, path)
-    rows = []
     for (split, patient, side, view), found in films.items():
-        folder, *rest = (part.strip('" \n') for part in found[0]['image file path'].split('/'))
-        series = rest[-2] if len(rest) > 1 else None
+        folder, _, series, *_ = (part.strip('" \n') for part in (found[0]['image file path'] + '//').split('/'))
         path = places.get(folder) or places.get(series) or f'{cfg.root}/{folder}'
-        rows.append(Row(path, label(found), patient, patient, side, view, split, record=found[0]))
-    return dict(birads=_found(rows), density=tuple('1234'), lesion_type=('calcification', 'mass', 'both')
-                ).get(cfg.task, ('0', '1')), rows
+        rows.append(Row(path, label(found), patient, side, view, split, record=found[0]))
+    return rows
 
 
-CMMD_TWINS = ('D1-0202', 'D2-0284'), ('D1-0808', 'D1-1292')     # the same pixels under two names: neither is used
+CMMD_TWINS = ('D1-0202', 'D2-0284', 'D1-0808', 'D1-1292')   # the same pixels under two names: none of them is used
 
 
 def cmmd(cfg):
@@ -578,10 +571,11 @@ def cmmd(cfg):
     --cancer_rule unlisted, as negatives. lesion: the breast has a row. lesion_type: mass, calcification or both."""
     listed = {(r['ID1'], r['LeftRight']): r for r in table(Path(cfg.root) / 'CMMD_clinicaldata_revision.xlsx', 'ID1',
                                                            'LeftRight', 'abnormality', 'classification')}
+    unlisted = dict(classification='Benign' if cfg.cancer_rule == 'unlisted' else '', abnormality='')
     rows = []
     for path in tqdm(mask.listing(cfg.root), desc='reading headers', unit='file', delay=2):
         patient = next((part for part in Path(path).parts if re.fullmatch(r'D[12]-\d{4}', part)), None)
-        if patient is None or Path(path).suffix.lower() == '.npy':
+        if patient in (None, *CMMD_TWINS) or path.lower().endswith('.npy'):
             continue
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True,
@@ -590,16 +584,11 @@ def cmmd(cfg):
         except Exception as problem:
             tqdm.write(f'skipped: {path}: no laterality and view ({type(problem).__name__})', file=sys.stderr)
             continue
-        r = listed.get((patient, side))
-        label = dict(cancer=r and dict(Malignant='1', Benign='0').get(r['classification'], r['classification']),
-                     lesion=str(int(r is not None)), lesion_type=r and r['abnormality'])[cfg.task] or None
-        if r is None and cfg.task == 'cancer' and cfg.cancer_rule == 'unlisted':
-            label = '0'
-        if any(patient in pair for pair in CMMD_TWINS):
-            label = None
-        rows.append(Row(path, label, patient, patient, side, 'CC' if meaning.startswith('cranio') else 'MLO',
-                        record=r or {}))
-    return ('calcification', 'mass', 'both') if cfg.task == 'lesion_type' else ('0', '1'), rows
+        r = listed.get((patient, side), unlisted)
+        label = dict(cancer=highest([r['classification']], Malignant='1', Benign='0'), lesion=yes(r is not unlisted),
+                     lesion_type=r['abnormality'])[cfg.task] or None
+        rows.append(Row(path, label, patient, side, 'CC' if meaning.startswith('cranio') else 'MLO', record=r))
+    return rows
 
 
 def cesm(cfg):
@@ -607,51 +596,47 @@ def cesm(cfg):
     which the worst counts, as in a BI-RADS of "4$5". BI-RADS 6 (known cancer) takes no part. The split that the
     authors' script writes ({training,testing}_set_pathology.csv) is used where it lies beside; it mixes patients."""
     root, name, verdict = Path(cfg.root), 'Image_name', 'Pathology Classification/ Follow up'
-    files = {Path(path).stem.strip(): path for path in _images(cfg)}
+    files = {Path(path).stem.strip(): path for path in mask.listing(cfg.images or cfg.root)}
     split = {r[name]: part for part in ('train', 'test') if (root / f'{part}ing_set_pathology.csv').exists()
              for r in table(root / f'{part}ing_set_pathology.csv', name)}
-    images = defaultdict(list)
     sheet = next(root.glob('Radiology?manual?annotations.xlsx'), root / 'Radiology manual annotations.xlsx')
-    for r in table(f'{sheet}:all', name, 'Patient_ID', 'Side', 'Type', 'View', 'BIRADS',
-                   'Breast density (ACR)', verdict):
+    images, rows = defaultdict(list), []
+    for r in table(sheet, name, 'Patient_ID', 'Side', 'Type', 'View', 'BIRADS', 'Breast density (ACR)', verdict,
+                   sheet='all'):
         if r['Type'] == 'DM':
             images[r[name]].append(r)
 
     def label(found):
-        grades = [_number(g) for r in found for g in r['BIRADS'].split('$') if g.strip()]
-        worst = max((r[verdict] for r in found), key=lambda v: ('Normal', 'Benign', 'Malignant', v).index(v))
-        return dict(cancer=dict(Normal='0', Benign='0', Malignant='1').get(worst, worst),
-                    lesion=dict(Normal='0', Benign='1', Malignant='1').get(worst, worst),
-                    density=found[0]['Breast density (ACR)'].upper().strip('_'),
-                    birads='' if '6' in grades else max(grades, default=''))[cfg.task] or None
+        verdicts = [r[verdict] for r in found]
+        grades = [grade.removesuffix('.0') for r in found for grade in r['BIRADS'].split('$')]
+        return dict(cancer=highest(verdicts, Normal='0', Benign='0', Malignant='1'),
+                    lesion=highest(verdicts, Normal='0', Benign='1', Malignant='1'),
+                    birads='' if '6' in grades else max(grades),
+                    density=found[0]['Breast density (ACR)'].upper().strip('_'))[cfg.task] or None
 
-    rows = [Row(files.get(image, f"{root}/Low energy images of CDD-CESM/{image}.jpg"), label(found),
-                _number(found[0]['Patient_ID']), _number(found[0]['Patient_ID']), found[0]['Side'][:1].upper(),
-                found[0]['View'], split.get(image, ''), record=found[0]) for image, found in images.items()]
-    return dict(birads=_found(rows), density=tuple('ABCD')).get(cfg.task, ('0', '1')), rows
+    for image, found in images.items():
+        path = files.get(image, f'{root}/Low energy images of CDD-CESM/{image}.jpg')
+        rows.append(Row(path, label(found), found[0]['Patient_ID'].removesuffix('.0'), found[0]['Side'][:1].upper(),
+                        found[0]['View'], split.get(image, ''), record=found[0]))
+    return rows
 
 
 def mias(cfg):
     """mini-MIAS: Info.txt and mdb001 … mdb322 (MLO film; mdb001 and mdb002 are one patient). density F, G, D; lesion:
     anything but NORM; cancer: malignant; lesion_type: the class of the first finding. Odd is R as Info.txt has it."""
-    info = Path(cfg.root) / 'Info.txt'
-    if not info.exists():
-        raise ValueError(f'{info}: no such file; --root is the folder that holds it')
-    films, files = defaultdict(list), {Path(path).stem: path for path in _images(cfg)}
-    for line in info.read_text(errors='replace').splitlines():
+    films, files, rows = defaultdict(list), {Path(path).stem: path for path in mask.listing(cfg.images or cfg.root)}, []
+    for line in (Path(cfg.root) / 'Info.txt').read_text(errors='replace').splitlines():
         found = re.match(r'(mdb\d{3}) +([FGD]) +(\w+)(?: +([BM])\b)?', line)
         if found:
             films[found[1]].append(found)
-    rows = []
     for film, found in films.items():
         number, kinds = int(film[3:]), [f[3] for f in found if f[3] != 'NORM']
-        label = dict(density=found[0][2], lesion=str(int(bool(kinds))), lesion_type=kinds[0] if kinds else None,
-                     cancer=str(int(any(f[4] == 'M' for f in found))))[cfg.task]
-        patient = f'{(number + 1) // 2:03d}'
-        rows.append(Row(files.get(film, f'{cfg.root}/{film}.pgm'), label, patient, patient, 'R' if number % 2 else 'L',
-                        'MLO', record=dict(density=found[0][2], severity=found[0][4] or 'N')))
-    return dict(density=tuple('FGD'), lesion_type=('ARCH', 'ASYM', 'CALC', 'CIRC', 'MISC', 'SPIC')
-                ).get(cfg.task, ('0', '1')), rows
+        label = dict(cancer=yes(any(f[4] == 'M' for f in found)), lesion=yes(kinds), lesion_type=kinds and kinds[0],
+                     density=found[0][2])[cfg.task] or None
+        path, patient = files.get(film, f'{cfg.root}/{film}.pgm'), f'{(number + 1) // 2:03d}'
+        rows.append(Row(path, label, patient, 'R' if number % 2 else 'L', 'MLO',
+                        record=dict(density=found[0][2], severity=found[0][4] or 'N')))
+    return rows
 
 
 def manifest(cfg):
@@ -664,36 +649,30 @@ def manifest(cfg):
     if cfg.task != 'risk' and column not in records[0]:
         raise ValueError(f"{path}: no column label or {cfg.task}; found {', '.join(records[0])}")
 
-    def label(number, r):
-        if cfg.task != 'risk':
-            value = r[column] if cfg.classes else _number(r[column])
-            return (value.lower() if cfg.task == 'density' and not cfg.classes else value) or None
-        try:
-            cancer, followed = (float(r[name] or math.inf) for name in ('years_to_cancer', 'years_followup'))
-            if -math.inf in (cancer, followed):
-                raise ValueError
-            followed = followed if r['years_followup'] else cancer if r['years_to_cancer'] else 0    # free until then
-            seen = follow_up(cancer, followed)
+    def label(r):
+        if cfg.task == 'risk':
+            cancer = float(r['years_to_cancer'] or math.inf)
+            known = cancer if r['years_to_cancer'] else 0   # until then there was none
+            seen = follow_up(cancer, float(r['years_followup'] or known))
             return seen and np.where(seen[1], seen[0], -1)
-        except ValueError:
-            raise ValueError(f"{path}, line {number}: years_to_cancer {r['years_to_cancer']!r}, years_followup "
-                             f"{r['years_followup']!r}: expected numbers") from None
+        label = r[column] if cfg.classes else r[column].removesuffix('.0')
+        return (label.lower() if cfg.task == 'density' and not cfg.classes else label) or None
 
-    rows, names, seen = [], dict(training='train', validation='val'), {}
+    rows, lines, splits = [], {}, dict(training='train', validation='val')
     for number, r in enumerate(records, 2):
         if not r['patient'] or not r['path']:
             raise ValueError(f'{path}, line {number}: path and patient must not be blank')
-        if r.get('frame') and not r['frame'].isdecimal():
-            raise ValueError(f"{path}, line {number}: frame {r['frame']!r} is no number of a slice")
         split = r.get('split', '').lower()
-        rows.append(Row(str(path.parent / r['path']), label(number, r), r['patient'], r.get('exam') or r['patient'],
-                        r.get('laterality', '')[:1].upper(), r.get('view', '').upper(), names.get(split, split),
-                        int(r['frame']) if r.get('frame') else None, r))
-        key = os.path.normpath(rows[-1].path), rows[-1].frame
-        if seen.setdefault(key, number) != number:
-            raise ValueError(f"{path}, line {number}: {r['path']} stands in line {seen[key]} already")
-    found = dict(density=tuple('abcd'), birads=_found(rows), lesion_type=_found(rows), risk=())
-    return cfg.classes or found.get(cfg.task, ('0', '1')), rows
+        try:
+            rows.append(Row(str(path.parent / r['path']), label(r), r['patient'], r.get('laterality', '')[:1].upper(),
+                            r.get('view', '').upper(), splits.get(split, split), r.get('exam', ''),
+                            int(r['frame']) if r.get('frame') else None, r))
+        except (ValueError, OverflowError) as problem:
+            raise ValueError(f'{path}, line {number}: {problem}; frame and years must be numbers') from None
+        first = lines.setdefault((os.path.normpath(rows[-1].path), rows[-1].frame), number)
+        if first != number:
+            raise ValueError(f"{path}, line {number}: {r['path']} stands in line {first} already")
+    return rows
 
 
 DATASETS = dict(rsna=rsna, vindr=vindr, ddsm=ddsm, cmmd=cmmd, cesm=cesm, mias=mias, csv=manifest)
@@ -704,19 +683,20 @@ DATASETS = dict(rsna=rsna, vindr=vindr, ddsm=ddsm, cmmd=cmmd, cesm=cesm, mias=mi
 def load(cfg):
     """Rows of the data set with labels as numbers, files that exist and a split each. -> rows, classes, notes: what
     was left out and why, one sentence each."""
-    if cfg.task == 'risk' and cfg.dataset != 'csv':
-        raise ValueError(f'{cfg.dataset} has no follow-up; --task risk takes --dataset csv with years_to_cancer and '
-                         'years_followup')
-    if (cfg.dataset, cfg.task) in REFUSED:
-        raise ValueError(REFUSED[cfg.dataset, cfg.task])
-    classes, rows = DATASETS[cfg.dataset](cfg)
-    notes, total = [], len(rows)
-    rows = [row for row in rows if row.label is not None]
-    if total > len(rows):
-        notes.append(f'{total - len(rows)} of {total} images have no {cfg.task} label and take no part')
+    if cfg.task not in CLASSES[cfg.dataset]:
+        raise ValueError(REFUSED.get((cfg.dataset, cfg.task), f'{cfg.dataset} has no follow-up; --task risk takes '
+                                     '--dataset csv with years_to_cancer and years_followup'))
+    found, notes = DATASETS[cfg.dataset](cfg), []
+    rows = [row for row in found if row.label is not None]
+    if len(rows) < len(found):
+        notes.append(f'{len(found) - len(rows)} of {len(found)} images have no {cfg.task} label and take no part')
+    classes = tuple(cfg.classes or CLASSES[cfg.dataset][cfg.task])
+    if not classes:                                         # those that occur
+        labels = {row.label for row in rows}
+        classes = tuple(sorted(labels & set('0123456') if cfg.task == 'birads' else labels))
     for row in rows:
         if cfg.task != 'risk':
-            if row.label not in classes or cfg.task == 'birads' and row.label not in tuple('0123456'):
+            if row.label not in classes:
                 hint = '; --classes names others' if cfg.dataset == 'csv' else ''
                 raise ValueError(f"{row.path}: {cfg.task} {row.label!r} is none of {', '.join(classes)}{hint}")
             row.label = classes.index(row.label)
@@ -730,39 +710,50 @@ def load(cfg):
     return assign(cfg, rows, notes), classes, notes
 
 
-def _by_label(rows, seed):
-    """Patients -> lists of them, one list for each highest label, in an order that only the seed changes."""
-    worst = defaultdict(int)
-    for row in rows:
-        worst[row.patient] = max(worst[row.patient], int(np.max(row.label)))
-    groups = defaultdict(list)
+def _prepared(cfg, path):
+    """Where a file of --root lies: below --images under the name `mask.py prepare` gave it, or itself."""
+    if cfg.images is None or Path(path).is_relative_to(cfg.images):
+        return path
+    root = cfg.root if os.path.isdir(cfg.root) else os.path.dirname(cfg.root)
+    mirror = Path(cfg.images, os.path.relpath(path, root))
+    if '..' in Path(os.path.relpath(path, root)).parts:
+        raise ValueError(f'{path} lies outside {root}, so --images cannot mirror it; drop --images or move the list')
+    return str(next((p for p in (mirror, mirror.with_suffix('.npy'), Path(f'{mirror}.npy')) if p.exists()), mirror))
+
+
+def drawn(items, share, seed, rounded=round):
+    """A share of the patients of rows or units, of each label alike, where a patient's highest counts. Seed and names
+    alone set the order in which they are drawn, so that smaller shares lie in larger ones."""
+    worst, groups = defaultdict(int), defaultdict(list)
+    for item in items:
+        worst[item.patient] = max(worst[item.patient], int(np.max(item.label)))
     for patient in sorted(worst, key=lambda name: hashlib.sha256(f'{seed} {name}'.encode()).digest()):
         groups[worst[patient]].append(patient)
-    return groups.values()
+    return {patient for group in groups.values() for patient in group[:rounded(share * len(group))]}
 
 
 def assign(cfg, rows, notes):
     """Every row's split. Official training and test sets stay; a patient in both keeps only the test rows. Without a
     test set a fifth of the patients of each label becomes one, without a validation set a fifth of the others."""
-    names = {row.split for row in rows}
+    splits = defaultdict(set)                               # patient -> splits of the rows
+    for row in rows:
+        splits[row.patient].add(row.split)
+    names = set().union(*splits.values())
     if names - {'train', 'val', 'test'} and names != {''}:
         raise ValueError(f"splits {', '.join(sorted(map(repr, names)))}: expected train, val and test, or none at all")
-    of = defaultdict(set)
-    for row in rows:
-        of[row.patient].add(row.split)
-    leaks = sorted(patient for patient, splits in of.items() if len(splits) > 1)
+    leaks = sorted(patient for patient, of in splits.items() if len(of) > 1)
     if leaks and cfg.dataset == 'csv':
         raise ValueError(f"{len(leaks)} patients are in two splits, the first: {leaks[0]} in "
-                         f"{' and '.join(sorted(of[leaks[0]]))}")
+                         f"{' and '.join(sorted(splits[leaks[0]]))}")
     if leaks:
-        kept = [row for row in rows if row.split == 'test' or row.patient not in leaks]
+        kept = [row for row in rows if row.split == 'test' or len(splits[row.patient]) == 1]
         notes.append(f'{len(leaks)} patients are in training and test of the official split; their '
                      f"{len(rows) - len(kept)} training images are dropped: {', '.join(leaks)}")
         rows = kept
     for split, free in (('test', ''), ('val', 'train')):
         if not any(row.split == split for row in rows):
             pool = [row for row in rows if row.split == free]
-            taken = {p for group in _by_label(pool, cfg.seed) for p in group[:round(0.2 * len(group))]}
+            taken = drawn(pool, 0.2, cfg.seed)
             for row in pool:
                 row.split = split if row.patient in taken else 'train'
     return rows
@@ -774,37 +765,34 @@ class Unit:
     name: str
     patient: str
     split: str
-    target: int | np.ndarray                                # class; risk: (T,), 1 cancer by then, 0 none, -1 unobserved
+    label: int | np.ndarray                                 # class; risk: (T,), 1 cancer by then, 0 none, -1 unobserved
     rows: list                                              # (number of the row, slot)
     record: dict
 
 
 def units_of(cfg, rows, notes):
     """Rows -> units. A breast or exam takes its highest label, and no part where the types of its lesions differ."""
-    slots, groups, others = SLOTS[cfg.level], defaultdict(list), Counter()              # groups: name -> rows
+    slots, groups, others, units = SLOTS[cfg.level], defaultdict(list), Counter(), []
     for i, row in enumerate(rows):
-        slot = dict(image='image', breast=row.view, exam=row.laterality + row.view)[cfg.level]
         if cfg.level != 'image' and not (row.view and row.laterality):
             raise ValueError(f'{row.path}: laterality or view is blank; --level {cfg.level} needs both')
-        if slot not in slots:
-            others[slot] += 1
-            continue
         frame = '' if row.frame is None else f'#{row.frame}'
-        exam = row.exam if row.exam == row.patient else f'{row.patient} {row.exam}'     # 1, 2, … in some label files
-        name = dict(image=row.path + frame, breast=f'{exam} {row.laterality}', exam=exam)[cfg.level]
-        groups[name].append((i, slots.index(slot)))
+        exam = f'{row.patient}/{row.exam}'.rstrip('/')      # exams are 1, 2, … in some label files
+        name, slot = dict(image=(row.path + frame, 'image'), breast=(f'{exam}/{row.laterality}', row.view),
+                          exam=(exam, row.laterality + row.view))[cfg.level]
+        if slot in slots:
+            groups[name].append((i, slots.index(slot)))
+        else:
+            others[slot] += 1
+    for name, members in groups.items():
+        labels, row = [rows[i].label for i, _ in members], rows[members[0][0]]
+        if cfg.task != 'lesion_type' or len(set(labels)) == 1:
+            units.append(Unit(name, row.patient, row.split, max(labels, key=np.max), members, row.record))
     if others:
         counted = ', '.join(f'{view} {n}' for view, n in others.most_common())
         notes.append(f"images of views other than {', '.join(slots)} take no part at {cfg.level} level: {counted}")
-    units, mixed = [], 0
-    for name, members in groups.items():
-        labels, row = [rows[i].label for i, _ in members], rows[members[0][0]]
-        if cfg.task == 'lesion_type' and len(set(labels)) > 1:
-            mixed += 1
-        else:
-            units.append(Unit(name, row.patient, row.split, max(labels, key=np.max), members, row.record))
-    if mixed:
-        notes.append(f'{mixed} {cfg.level}s hold lesions of several types and take no part')
+    if len(units) < len(groups):
+        notes.append(f'{len(groups) - len(units)} {cfg.level}s hold lesions of several types and take no part')
     return units
 
 
@@ -813,35 +801,32 @@ def parted(units, notes=()):
     what was left out."""
     parts = {split: [unit for unit in units if unit.split == split] for split in ('train', 'val', 'test')}
     for split, part in parts.items():
-        found = {int(np.max(unit.target)) for unit in part}
+        found = {int(np.max(unit.label)) for unit in part}
         if len(found) < 2:
             what = 'holds one class only, so there is nothing to tell apart' if found else 'is empty'
             raise ValueError('; '.join([f'the {split} split {what}: give it patients of each class', *notes]))
     return parts
 
 
+def targets(units):
+    """(n,) classes, or (n, T)"""
+    return torch.tensor(np.stack([unit.label for unit in units]))
+
+
 def missing_views(cfg, rows, units):
     """{unit: [views of which it has no readable file]}"""
-    slots = SLOTS[cfg.level]
-    lacks = {unit.name: [view for slot, view in enumerate(slots) if slot not in {
-        s for i, s in unit.rows if rows[i].readable}] for unit in units}
-    return {name: views for name, views in lacks.items() if 0 < len(views) < len(slots)}
-
-
-def share_of(units, share, seed):
-    """A share of the training units, by patient and label; smaller shares lie in larger ones."""
-    if share == 1:
-        return units
-    rows = [Row('', unit.target, unit.patient, '') for unit in units]
-    kept = {p for group in _by_label(rows, seed) for p in group[:math.ceil(share * len(group))]}
-    return [unit for unit in units if unit.patient in kept]
+    lacks = {}
+    for unit in units:
+        there = {slot for i, slot in unit.rows if rows[i].readable}
+        lacks[unit.name] = [view for slot, view in enumerate(SLOTS[cfg.level]) if slot not in there and there]
+    return {name: views for name, views in lacks.items() if views}
 
 
 # ---- files -> features ----------------------------------------------------------------------------------------------
 
-class Images:
-    """Row i -> i, its images uint8 (n, S, S), squashed to the encoder's square (DBT-DINO 6.2.1), and None; or no image
-    and the reason why the file cannot be read."""
+class Images(Dataset):
+    """(row i, mirrored or not) -> i and its images uint8 (n, S, S), squashed to the encoder's square (DBT-DINO 6.2.1);
+    None where the file cannot be read, with the reason on the terminal."""
 
     def __init__(self, cfg, rows, size):
         self.cfg, self.rows, self.size = cfg, rows, size
@@ -849,18 +834,18 @@ class Images:
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, i):
+    def __getitem__(self, item):
+        i, mirrored = item
         row = self.rows[i]
         try:
-            frames = [row.frame] if row.frame is not None else self.spaced(mask.frames(row.path))
-            return i, np.stack([self.squashed(row.path, frame) for frame in frames]), None
+            count = mask.frames(row.path)
+            taken = min(self.cfg.slices or count, count)    # the middles of so many equal parts of the volume
+            frames = [int((k + 0.5) * count / taken) for k in range(taken)] if row.frame is None else [row.frame]
+            images = np.stack([self.squashed(row.path, frame) for frame in frames])
         except (ValueError, OSError) as problem:
-            return i, np.zeros((0, self.size, self.size), np.uint8), str(problem)
-
-    def spaced(self, count):
-        """All slices, or the middles of `slices` equal parts of the volume."""
-        wanted = min(self.cfg.slices or count, count)
-        return [int((k + 0.5) * count / wanted) for k in range(wanted)]
+            tqdm.write(f'skipped: {problem}', file=sys.stderr)
+            return i, None
+        return i, images[..., ::-1] if mirrored else images
 
     def squashed(self, path, frame):
         """Prepared .npy have their CLAHE behind them; every other file gets it here (MammoDINO 3.1)."""
@@ -869,39 +854,27 @@ class Images:
         return np.asarray(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BICUBIC))
 
 
-def as_is(items):
-    """Items of a batch, uncollated: they differ in their number of images."""
-    return items
+def stacked(arrays):
+    """Images (n, S, S) of R rows -> all of them (sum of n, S, S) and the row of each (sum of n,)."""
+    counts = torch.tensor([len(images) for images in arrays])
+    return torch.from_numpy(np.concatenate(arrays)), torch.arange(len(arrays)).repeat_interleave(counts)
 
 
-def pixels(images, device):
-    """uint8 (n, S, S) -> float (n, 1, S, S) in [0, 1] on the device; bytes travel."""
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device).unsqueeze(1).float() / 255
-
-
-def token_sums(cls, patches):
-    """Per image, in fp64: cls (n, D), patches (n, N, D) -> (n, 4, D) sum of CLS, of patches, and of their squares.
-    Sums over slices add up, so that no volume of tokens is ever held."""
-    cls, patches = cls.double(), patches.double()
-    return torch.stack([cls, patches.sum(1), cls.square(), patches.square().sum(1)], dim=1)
-
-
-def statistics(sums, images, patches):
-    """sums (R, 4, D) of `images` (R,) images with `patches` patches each -> (R, 4, D) fp32: mean of CLS, mean of
-    patches, deviation of CLS, deviation of patches, over slices and patches jointly and unbiased (DBT-DINO 2.4).
-    Of a single image the deviation of CLS is 0."""
-    count = torch.stack([images, images * patches], dim=-1).double().unsqueeze(-1)      # (R, 2, 1)
+def encode(encoder, images, owner, rows, chunk):
+    """uint8 images (n, S, S) of the rows `owner` (n,) -> moments (R, 4, D): mean of CLS, mean of patches, deviation of
+    CLS, deviation of patches, over slices and patches jointly and unbiased (DBT-DINO 2.4). Sums add up in fp64, `chunk`
+    images at a time, so that no volume of tokens is ever held. Of a single image the deviation of CLS is 0."""
+    sums = torch.zeros(rows, 4, encoder.config['width'], dtype=torch.float64, device=owner.device)
+    for part, of in zip(images.split(chunk), owner.split(chunk)):
+        part = part.to(owner.device).unsqueeze(1).float() / 255                         # (n, 1, S, S), bytes travel
+        cls, patches = (tokens.double() for tokens in encoder(part))                    # (n, D), (n, N, D)
+        each = torch.stack([cls, patches.sum(1), cls.square(), patches.square().sum(1)], dim=1)
+        sums = sums.index_add(0, of, each)
+    count = torch.bincount(owner, minlength=rows).double()
+    count = torch.stack([count, count * patches.shape[1]], dim=1).unsqueeze(-1)         # (R, 2, 1) images, patches
     mean = sums[:, :2] / count
     variance = (sums[:, 2:] - count * mean.square()) / (count - 1).clamp_min(1)
     return torch.cat([mean, variance.clamp_min(1e-12).sqrt()], dim=1).float()
-
-
-def fingerprint(cfg, encoder, size, amp):
-    """Names what the features depend on besides the file: weights, shape, size of the image, precision."""
-    digest = hashlib.sha256(json.dumps([encoder.config, size, cfg.slices, amp]).encode())
-    for name, value in encoder.state_dict().items():
-        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def half(cfg, device):
@@ -909,102 +882,99 @@ def half(cfg, device):
     return device.type == 'cuda' if cfg.amp is None else cfg.amp
 
 
-@torch.no_grad()
-def encode(cfg, encoder, stacks, device):
-    """The images of R rows, each uint8 (n, S, S), `chunk` at a time through the encoder -> statistics (R, 4, D)."""
-    counts = torch.tensor([len(images) for images in stacks], device=device)
-    owner = torch.arange(len(stacks), device=device).repeat_interleave(counts)          # (sum of n,)
-    sums = torch.zeros(len(stacks), 4, encoder.config['width'], dtype=torch.float64, device=device)
-    images = np.concatenate(stacks)                                                     # (sum of n, S, S)
-    for start in range(0, len(images), cfg.chunk):
-        part = slice(start, start + cfg.chunk)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half(cfg, device)):
-            cls, patches = encoder(pixels(images[part], device))
-        sums.index_add_(0, owner[part], token_sums(cls, patches))
-    return statistics(sums, counts, patches.shape[1]).cpu().numpy()
+def cached(cfg, encoder, rows, size, amp):
+    """Where the features of each row are kept: a folder named by what they depend on besides the file (weights, shape,
+    size of the image, slices, precision), in it a name made of the file's path, size and time."""
+    digest = hashlib.sha256(json.dumps([encoder.config, size, cfg.slices, amp]).encode())
+    for name, value in encoder.state_dict().items():
+        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+    folder, places = Path(cfg.cache) / digest.hexdigest()[:16], {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, row in rows.items():
+        file = os.stat(row.path)
+        key = f'{os.path.abspath(row.path)} {file.st_size} {file.st_mtime_ns} {row.frame}'
+        places[i] = folder / f'{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy'
+    return places
 
 
-def features(cfg, encoder, rows, device, wanted, cache=True):
-    """Token statistics of the rows numbered in `wanted` -> float32 (R, 4, D); NaN for the others, and where a file is
-    unreadable, which is named. Each rank computes a share of them and all ranks get all."""
-    rank, ranks, size = dist.get_rank(), dist.get_world_size(), cfg.size or encoder.config['size']
-    mine, places, found = sorted(wanted)[rank::ranks], {}, {}
-    if cache:
-        folder = Path(cfg.cache) / fingerprint(cfg, encoder, size, half(cfg, device))
-        folder.mkdir(parents=True, exist_ok=True)
-        for i in mine:
-            file, row = os.stat(rows[i].path), rows[i]
-            key = f'{os.path.abspath(row.path)} {file.st_size} {file.st_mtime_ns} {row.frame}'
-            places[i] = folder / f'{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy'
-            found |= {i: value for value in [cached(places[i], encoder.config['width'])] if value is not None}
-
-    encoder.eval()
-    batches = DataLoader(Images(cfg, rows, size), batch_size=8, sampler=[i for i in mine if i not in found],
-                         num_workers=cfg.workers, collate_fn=as_is)
-    for items in tqdm(batches, desc='encoding', unit='batch', disable=rank > 0, leave=False, delay=2):
-        named(items)
-        readable = [(i, images) for i, images, reason in items if not reason]
-        if readable:
-            numbers, stacks = zip(*readable)
-            for i, value in zip(numbers, encode(cfg, encoder, stacks, device)):
-                found[i] = value
-                if cache:
-                    part = places[i].with_suffix(f'.{os.uname().nodename}-{os.getpid()}.part')
-                    with open(part, 'wb') as file:
-                        np.save(file, value)
-                    os.replace(part, places[i])
-
-    everyone = [None] * ranks
-    dist.all_gather_object(everyone, found)
-    out = np.full((len(rows), 4, encoder.config['width']), np.nan, np.float32)
-    for part in everyone:
-        for i, value in part.items():
-            out[i] = value
-    bad = set(wanted).difference(*everyone)
-    for i in bad:
-        rows[i].readable = False
-    if len(bad) == len(wanted) or len(wanted) >= 100 and len(bad) > cfg.max_bad * len(wanted):
-        raise ValueError(f'{len(bad)} of {len(wanted)} files are unusable, --max_bad is {cfg.max_bad}; names are above')
-    return torch.from_numpy(out)
-
-
-def cached(path, width):
-    """Statistics (4, D) from the cache; None where they are not there, or damaged."""
+def stored_moments(place, width):
+    """Moments (4, D) from the cache; None where they are not there, or damaged."""
     try:
-        value = np.load(path)
+        value = np.load(place)
         return value if value.shape == (4, width) and np.isfinite(value).all() else None
     except (OSError, ValueError, EOFError):
         return None
 
 
-def named(items):
-    """Names the files that could not be read."""
-    for *_, reason in items:
-        if reason:
-            tqdm.write(f'skipped: {reason}', file=sys.stderr)
+@torch.no_grad()
+def features(cfg, encoder, rows, units, device, cache=True):
+    """Moments of the rows that the units hold -> float32 (R, 4, D); NaN for the others, and where a file is unreadable.
+    Each rank computes a share of them and all ranks get all."""
+    rank, ranks, amp = dist.get_rank(), dist.get_world_size(), half(cfg, device)
+    size = cfg.size or encoder.config['size']
+    wanted = sorted({i for unit in units for i, _ in unit.rows})
+    mine = wanted[rank::ranks]
+    places = cached(cfg, encoder, {i: rows[i] for i in mine}, size, amp) if cache else {}
+    found = {i: stored_moments(place, encoder.config['width']) for i, place in places.items()}
+    found = {i: value for i, value in found.items() if value is not None}
+
+    encoder.eval()
+    batches = DataLoader(Images(cfg, rows, size), sampler=[(i, False) for i in mine if i not in found], batch_size=8,
+                         num_workers=cfg.workers, collate_fn=list)
+    for items in tqdm(batches, desc='encoding', unit='batch', disable=rank > 0, leave=False, delay=2):
+        readable = {i: images for i, images in items if images is not None}
+        if not readable:
+            continue
+        images, owner = stacked(list(readable.values()))
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            values = encode(encoder, images, owner.to(device), len(readable), cfg.chunk).cpu().numpy()
+        for i, value in zip(readable, values):
+            found[i] = value
+            if cache:                                       # written beside its place and moved there whole
+                part = places[i].with_suffix(f'.{os.uname().nodename}-{os.getpid()}.npy')
+                np.save(part, value)
+                os.replace(part, places[i])
+
+    everyone = [None] * ranks
+    dist.all_gather_object(everyone, found)
+    found = {i: value for part in everyone for i, value in part.items()}
+    bad = len(wanted) - len(found)
+    if bad == len(wanted) or len(wanted) >= 100 and bad > cfg.max_bad * len(wanted):
+        raise ValueError(f'{bad} of {len(wanted)} files are unusable, --max_bad is {cfg.max_bad}; names are above')
+    out = np.full((len(rows), 4, encoder.config['width']), np.nan, np.float32)
+    for i in wanted:
+        rows[i].readable = i in found
+        out[i] = found.get(i, np.nan)
+    return torch.from_numpy(out)
 
 
-def assemble(values, place, units, views):
-    """Features of rows (R, F) -> of units (B, V F), the views side by side. place (R,) = unit * V + view. Several
-    files of one view are averaged; a missing view is the mean of the unit's others, so that it adds nothing new."""
-    ones = torch.ones(len(values), 1, dtype=values.dtype, device=values.device)
-    count = values.new_zeros(units * views, 1).index_add(0, place, ones)
+def assemble(cfg, values, place, units):
+    """Moments of rows (R, 4, D) -> features of units (B, V F): of the moments those of --pool, the views side by side.
+    place (R,) = unit * V + view. Several files of one view are averaged; a missing view is the mean of the unit's
+    others, so that it adds nothing new."""
+    views, values = len(SLOTS[cfg.level]), values[:, POOLS[cfg.pool]].flatten(1)        # (R, F)
+    count = torch.bincount(place, minlength=units * views).unsqueeze(1)                 # (B V, 1)
     mean = values.new_zeros(units * views, values.shape[1]).index_add(0, place, values) / count.clamp_min(1)
     mean, there = mean.unflatten(0, (units, views)), (count > 0).unflatten(0, (units, views))     # (B, V, F), (B, V, 1)
     others = (mean * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp_min(1)
     return torch.where(there, mean, others).flatten(1)
 
 
-def unit_features(cfg, units, stats):
-    """Token statistics of rows (R, 4, D) -> (B, F) of the units, and which units (B,) have a readable file at all."""
+def unit_features(cfg, units, values):
+    """Moments of rows (R, 4, D) -> (B, V F) of the units, NaN for those without a readable file."""
     views = len(SLOTS[cfg.level])
-    rows, place = (torch.tensor(column) for column in zip(*(
-        (i, u * views + slot) for u, unit in enumerate(units) for i, slot in unit.rows)))
-    readable = ~stats[rows, 0, 0].isnan()                   # also where an encoder that diverged gives no number
-    rows, place = rows[readable], place[readable]
-    there = torch.zeros(len(units), dtype=torch.bool)
-    there[place // views] = True
-    return assemble(stats[rows][:, list(POOLS[cfg.pool])].flatten(1), place, len(units), views), there
+    rows, place = torch.tensor([(i, u * views + slot) for u, unit in enumerate(units) for i, slot in unit.rows]).T
+    there = ~values[rows, 0, 0].isnan()
+    x = assemble(cfg, values[rows[there]], place[there], len(units))
+    x[torch.bincount(place[there] // views, minlength=len(units)) == 0] = math.nan
+    return x
+
+
+def labelled(cfg, units, values):
+    """Features (n, F) and targets (n,) or (n, T) of the units that have a readable file."""
+    x, y = unit_features(cfg, units, values), targets(units)
+    there = x.isfinite().all(1)
+    return x[there], y[there]
 
 
 # ---- heads and their training ---------------------------------------------------------------------------------------
@@ -1051,11 +1021,6 @@ class Neighbours(nn.Module):
         return torch.from_numpy(shares).clamp_min(1e-12).log()
 
 
-def probabilities(cfg, outputs):
-    """Outputs of a head -> (B, C), or the risk within each year (B, T)."""
-    return -torch.expm1(-outputs) if cfg.task == 'risk' else outputs.softmax(-1)
-
-
 def class_weights(cfg, targets):
     """Weights of the units (n,), 1 on average, so that every class, or exams with and without cancer, counts the same
     over the set: instead of DBT-DINO's balanced sampler and balanced validation set (6.2.2)."""
@@ -1071,18 +1036,11 @@ def criterion(cfg, outputs, targets, weight):
     return (F.cross_entropy(outputs.float(), targets, reduction='none') * weight).mean()
 
 
-def cosine(step, steps, start, end, warmup=0):
-    """Linear from 0 over `warmup` steps, then half a cosine from start to end (DINOv2, per step)."""
-    if step < warmup:
-        return start * step / max(warmup - 1, 1)
-    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
-
-
-def train_head(cfg, make, x, y, x_val, y_val, lr):
+def train_head(cfg, classes, x, y, x_val, y_val, lr):
     """AdamW and a cosine over `epochs` on frozen features -> the head of the epoch with the least validation loss,
     and that loss. x (n, F), y (n,) or (n, T)."""
     torch.manual_seed(cfg.seed)
-    head = make()
+    head = Head(cfg.head, x.shape[1], len(classes), cfg.hidden)
     if cfg.standardize:
         head.standardize(x)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=cfg.wd)
@@ -1104,134 +1062,270 @@ def train_head(cfg, make, x, y, x_val, y_val, lr):
     return head.eval(), least                               # inf where no epoch had a finite loss
 
 
-def fit(cfg, make, x, y, x_val, y_val):
-    """One learning rate, or --search of them drawn from the head's range (DBT-DINO 6.2.1 and 6.2.2) -> the head with
-    the least validation loss, and what was tried."""
-    low, high = RECIPES[cfg.head].get('rates', (1e-5, 1e-2))
+def fit(cfg, classes, x, y, x_val, y_val):
+    """A head on frozen features, and {learning rate: validation loss}: one rate, or --search of them drawn from the
+    head's range (DBT-DINO 6.2.1 and 6.2.2), of which the least loss wins."""
+    if cfg.head == 'knn':
+        return Neighbours(x, y, len(classes), cfg.neighbours), {}
+    low, high = RECIPES[cfg.head]['rates']
     rng = np.random.default_rng([cfg.seed, 24])
     rates = np.exp(rng.uniform(math.log(low), math.log(high), cfg.search)).tolist() if cfg.search else [cfg.lr]
-    tried = [(train_head(cfg, make, x, y, x_val, y_val, lr), lr) for lr in rates]
-    (head, least), _ = min(tried, key=lambda trial: trial[0][1])
+    tried = {lr: train_head(cfg, classes, x, y, x_val, y_val, lr) for lr in rates}
+    head, least = min(tried.values(), key=lambda trial: trial[1])
     if not math.isfinite(least):
         raise ValueError('the validation loss was never finite; lower --lr')
-    return head, {f'{lr:.3g}': loss for (_, loss), lr in tried}
+    return head, {f'{lr:.3g}': loss for lr, (_, loss) in tried.items()}
 
 
 class Network(nn.Module):
-    """Encoder and head in one, for finetuning: images (n, 1, S, S) of R rows of B units -> outputs (B, C or T)."""
+    """Encoder and head in one, for finetuning: images uint8 (n, S, S) of R rows of B units -> outputs (B, C or T)."""
 
     def __init__(self, cfg, encoder, head):
         super().__init__()
-        self.encoder, self.head = encoder, head
-        self.pool, self.views = list(POOLS[cfg.pool]), len(SLOTS[cfg.level])
+        self.cfg, self.encoder, self.head = cfg, encoder, head
         encoder.mask_token.requires_grad_(False)            # nothing is masked here; DDP waits for every gradient
 
     def forward(self, images, owner, place, units):
         """owner (n,): the row of an image. place (R,): unit * V + view of a row."""
-        cls, patches = self.encoder(images)
-        sums = torch.zeros(len(place), 4, cls.shape[-1], dtype=torch.float64, device=cls.device)
-        sums = sums.index_add(0, owner, token_sums(cls, patches))
-        stats = statistics(sums, torch.bincount(owner, minlength=len(place)), patches.shape[1])
-        return self.head(assemble(stats[:, self.pool].flatten(1), place, units, self.views))
+        values = encode(self.encoder, images, owner, len(place), self.cfg.chunk)
+        return self.head(assemble(self.cfg, values, place, units))
 
 
-class UnitImages(Images):
-    """(epoch, number of a unit) -> that number and [(slot, images uint8 (n, S, S)), …] of its readable rows; half of
-    the units mirrored."""
-
-    def __init__(self, cfg, rows, size, units):
-        super().__init__(cfg, rows, size)
-        self.units = units
-
-    def __getitem__(self, item):
-        epoch, u = item
-        views = [(slot, *super(UnitImages, self).__getitem__(i)[1:]) for i, slot in self.units[u].rows]
-        mirror = np.random.default_rng([self.cfg.seed, epoch, u]).random() < 0.5
-        return u, [(slot, images[..., ::-1] if mirror else images, reason) for slot, images, reason in views]
-
-
-def orders(cfg, n):
-    """Every step's units as (epoch, unit): epochs in turn, each a permutation, wrapped round to whole batches."""
+def plan(cfg, n, rank, ranks):
+    """This rank's micro-batches of every step, lists of (unit, mirrored or not). Epochs come in turn, each a
+    permutation wrapped round to whole batches, which are the same however many ranks share them."""
+    steps = []
     for epoch in range(cfg.epochs):
-        order = np.random.default_rng([cfg.seed, epoch]).permutation(n)
+        rng = np.random.default_rng([cfg.seed, epoch])
+        order, mirrored = rng.permutation(n), rng.random(n) < 0.5
         for batch in np.resize(order, (math.ceil(n / cfg.batch), cfg.batch)):
-            yield [(epoch, int(u)) for u in batch]
+            mine = [(int(u), bool(mirrored[u])) for u in batch[rank::ranks]]
+            steps.append([mine[i:i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)])
+    return steps
 
 
-def collated(items, views):
-    """Units from UnitImages -> their numbers, which of them (B,) have an image, images (n, S, S), the row of each
-    image (n,), the place unit * V + view of each row (R,)."""
-    place, stack = [], []
-    for b, (_, seen) in enumerate(items):
-        named(seen)
-        for slot, images, reason in seen:
-            if not reason:
-                place.append(b * views + slot)
-                stack.append(images)
-    there = torch.zeros(len(items)).index_fill(0, torch.tensor(place, dtype=torch.long) // views, 1)
-    if not stack:                                           # nothing readable: a blank that weighs nothing
-        place, stack = [0], [np.zeros((1, *items[0][1][0][1].shape[1:]), np.uint8)]
-    owner = torch.arange(len(stack)).repeat_interleave(torch.tensor([len(images) for images in stack]))
-    place = torch.tensor(place)
-    return [u for u, _ in items], there, np.concatenate(stack), owner, place
+def collated(train, part, items, size, views):
+    """A micro-batch [(unit, mirrored or not)] and the items of its rows -> images (n, S, S), the row of each (n,), the
+    place unit * V + view of each row (R,), and 1 for the units (B,) that have an image, 0 for the others."""
+    places = [b * views + slot for b, (u, _) in enumerate(part) for _, slot in train[u].rows]
+    seen = [(place, images) for place, (_, images) in zip(places, items) if images is not None]
+    there = torch.zeros(len(part))
+    there[[place // views for place, _ in seen]] = 1
+    place, arrays = zip(*seen or [(0, np.zeros((1, size, size), np.uint8))])            # a blank that weighs nothing
+    images, owner = stacked(arrays)
+    return images, owner, torch.tensor(place), there
 
 
-def finetune(cfg, encoder, head, rows, train, val, device, decay):
-    """Encoder and head together (MammoDINO 3.3): AdamW, learning rates that fall by `decay` per block, a tenth of
-    warm-up, cosine. Leaves in both the weights of the epoch with the least validation loss. -> that loss."""
-    rank, ranks, amp = dist.get_rank(), dist.get_world_size(), half(cfg, device)
-    views, share = len(SLOTS[cfg.level]), cfg.batch // dist.get_world_size()
-    network = Network(cfg, encoder, head).to(device)
+def finetune(cfg, encoder, rows, train, val, classes, device):
+    """Encoder and head together (MammoDINO 3.3): AdamW, learning rates that fall by block, a tenth of warm-up, cosine.
+    -> the head, {learning rate: least validation loss}; encoder and head hold the weights of that epoch."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    size, views = cfg.size or encoder.config['size'], len(SLOTS[cfg.level])
+    torch.manual_seed(cfg.seed)
+    network = Network(cfg, encoder, head_for(cfg, encoder, classes)).to(device)
     ddp = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == 'cuda' else None)
-    optimizer = torch.optim.AdamW(vit.param_groups(network, cfg.lr, cfg.wd, decay))
-    y, y_val = targets(train), targets(val)
+    optimizer = torch.optim.AdamW(vit.param_groups(network, cfg.lr, cfg.wd, cfg.layer_decay))
+    y, steps = targets(train), plan(cfg, len(train), rank, ranks)
     weight = class_weights(cfg, y)
-    steps = list(orders(cfg, len(train)))
-    parts = [step[rank::ranks][i:i + cfg.micro_batch] for step in steps for i in range(0, share, cfg.micro_batch)]
-    batches = iter(DataLoader(UnitImages(cfg, rows, cfg.size or encoder.config['size'], train), batch_sampler=parts,
-                              num_workers=cfg.workers, collate_fn=as_is))
-    wanted = {i for unit in val for i, _ in unit.rows}
+    files = [[(i, mirrored) for u, mirrored in part for i, _ in train[u].rows] for parts in steps for part in parts]
+    batches = iter(DataLoader(Images(cfg, rows, size), batch_sampler=files, num_workers=cfg.workers, collate_fn=list))
     least, best = math.inf, copy.deepcopy(network.state_dict())
-    bar = tqdm(range(len(steps)), unit='step', disable=rank > 0, desc='finetuning')
-    for step in bar:
+    bar = tqdm(steps, unit='step', disable=rank > 0, desc='finetuning')
+    for step, parts in enumerate(bar):
         for group in optimizer.param_groups:
             group['lr'] = group['lr_scale'] * cosine(step, len(steps), cfg.lr, 0, warmup=len(steps) // 10)
         encoder.train()
-        for start in range(0, share, cfg.micro_batch):
-            unit, there, images, owner, place = collated(next(batches), views)
-            w = weight[unit] * there
-            with contextlib.nullcontext() if start + cfg.micro_batch >= share else ddp.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    outputs = ddp(pixels(images, device), owner.to(device), place.to(device), len(unit))
-                loss = criterion(cfg, outputs, y[unit].to(device), w.to(device)) * len(unit) / share
-                loss.backward()
+        for part in parts:
+            unit = [u for u, _ in part]
+            images, owner, place, there = collated(train, part, next(batches), size, views)
+            with contextlib.nullcontext() if part is parts[-1] else ddp.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=half(cfg, device)):
+                    outputs = ddp(images, owner.to(device), place.to(device), len(unit))
+                loss = criterion(cfg, outputs, y[unit].to(device), (weight[unit] * there).to(device))
+                (loss * len(unit) * ranks / cfg.batch).backward()
         nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % (len(steps) // cfg.epochs) == 0:
-            x_val, seen = unit_features(cfg, val, features(cfg, encoder, rows, device, wanted, cache=False))
+            x_val, y_val = labelled(cfg, val, features(cfg, encoder, rows, val, device, cache=False))
             with torch.no_grad():
-                outputs = head(x_val[seen].to(device)).cpu()
-            loss = criterion(cfg, outputs, y_val[seen], class_weights(cfg, y_val[seen])).item()
+                outputs = network.head(x_val.to(device)).cpu()
+            loss = criterion(cfg, outputs, y_val, class_weights(cfg, y_val)).item()
             bar.set_postfix(val=f'{loss:.4f}', best=f'{min(loss, least):.4f}')
             if loss < least:
                 least, best = loss, copy.deepcopy(network.state_dict())
     if not math.isfinite(least):
         raise ValueError('the validation loss was never finite; lower --lr')
     network.load_state_dict(best)
-    network.eval()
-    return least
+    return network.head.eval(), {f'{cfg.lr:.3g}': least}
 
 
-def save(path, state):
-    """Written beside its place and moved there whole: a crash or a full disk leaves the checkpoint before it."""
-    part = Path(f'{path}.part')
-    try:
-        torch.save(state, part)
-    except (OSError, RuntimeError) as problem:
-        part.unlink(missing_ok=True)
-        raise OSError(f'{path} cannot be written ({problem}); free some disk space and start again') from problem
-    os.replace(part, path)
+def head_for(cfg, encoder, classes):
+    width = len(SLOTS[cfg.level]) * len(POOLS[cfg.pool]) * encoder.config['width']
+    return Head(cfg.head, width, len(classes), cfg.hidden)
+
+
+@torch.no_grad()
+def predicted(cfg, head, x):
+    """Features (n, F) -> probabilities (n, C), or the risk within each year (n, T), as float64; NaN stays NaN."""
+    outputs = head(x.to(next(head.buffers()).device)).cpu().double()
+    return (-torch.expm1(-outputs) if cfg.task == 'risk' else outputs.softmax(-1)).numpy()
+
+
+# ---- results --------------------------------------------------------------------------------------------------------
+
+def questions(cfg, classes, y):
+    """What a task asks as yes or no -> {name: (use (n,), truth, column)}, with an ROC curve of p[use, column] each:
+    cancer or not; the years, of the exams that take part in them; each class against the others."""
+    if cfg.task == 'risk':
+        return {name: (use, y[use, t] > 0, t) for t, (name, use) in enumerate(zip(classes, in_year(y, y >= 0).T))}
+    everyone = np.ones(len(y), bool)
+    if cfg.task in BINARY:
+        return {cfg.task: (everyone, y == 1, 1)}
+    return {name: (everyone, y == c, c) for c, name in enumerate(classes)}
+
+
+def positives(cfg, classes, units):
+    """{question: how many of how many}"""
+    asked = questions(cfg, classes, targets(units).numpy())
+    return {name: f'{truth.sum()} of {len(truth)}' for name, (_, truth, _) in asked.items()}
+
+
+def decided(cfg, result):
+    """Classes (n,): the likeliest, or positive from the validation's threshold on."""
+    return (result['p'][:, 1] >= result['threshold']).astype(int) if cfg.task in BINARY else result['p'].argmax(1)
+
+
+def metrics(cfg, classes, threshold=None):
+    """{name: metric(y, p)}; the first is the one that runs are compared by. y (n,), p (n, C); risk: (n, T) both, and
+    the mean is over the years in which it is defined."""
+    def area(y, p, name):
+        use, truth, column = questions(cfg, classes, y)[name]
+        return auc(truth, p[use, column])
+
+    def hits(y, p, kind):
+        return ((p[y == kind, 1] >= threshold) == kind).mean() if (y == kind).any() else math.nan
+
+    if cfg.task == 'risk':
+        years = {name: lambda y, p, name=name: area(y, p, name) for name in classes}
+        return {'mean AUROC': lambda y, p: np.mean([a for a in yearly_auc(y, y >= 0, p) if a == a] or math.nan)} | years
+    if cfg.task in BINARY:
+        return {'AUC': lambda y, p: area(y, p, cfg.task), 'sensitivity': lambda y, p: hits(y, p, 1),
+                'specificity': lambda y, p: hits(y, p, 0)}
+    out = {'accuracy': lambda y, p: (p.argmax(1) == y).mean(),
+           'macro F1': lambda y, p: f1(y, p.argmax(1), len(classes)),
+           'macro AUC': lambda y, p: np.mean([area(y, p, name) for name in classes])}
+    if cfg.task in ORDERED and '0' not in classes:          # BI-RADS 0, incomplete, has no place in the order
+        out['kappa'] = lambda y, p: kappa(y, p.argmax(1), len(classes))
+    return out
+
+
+def estimate(cfg, metric, arrays, patients):
+    """-> metric(*arrays) with its 95 % interval by patient and the number of draws on which it is not defined, and its
+    values on the others."""
+    values = resample(metric, arrays, patients, np.random.default_rng(cfg.seed), cfg.draws)
+    values = values[~np.isnan(values)]
+    low, high = np.percentile(values, [2.5, 97.5]) if len(values) else (math.nan, math.nan)
+    return dict(value=float(metric(*arrays)), low=float(low), high=float(high),
+                undefined=cfg.draws - len(values)), values
+
+
+def measured(cfg, classes, y, p, threshold, patients):
+    """{metric: estimate}"""
+    return {name: estimate(cfg, metric, (y, p), patients)[0]
+            for name, metric in metrics(cfg, classes, threshold).items()}
+
+
+def versus(cfg, classes, y, p1, p2, patients):
+    """Two results on the same units -> the difference of their first metric with its paired interval by patient, and
+    {test: p}: DeLong (binary; risk: every year) or McNemar. Both take units as independent, so where patients have
+    several, `tests` holds the p of the bootstrap by patient and `naive` theirs."""
+    metric = next(iter(metrics(cfg, classes).values()))
+    out, draws = estimate(cfg, lambda y, p1, p2: metric(y, p2) - metric(y, p1), (y, p1, p2), patients)
+    if cfg.task in (*BINARY, 'risk'):
+        tests = {f'DeLong, {name}': delong(truth, p1[use, column], p2[use, column])[2]
+                 for name, (use, truth, column) in questions(cfg, classes, y).items()}
+    else:
+        tests = {'McNemar': mcnemar(p1.argmax(1) == y, p2.argmax(1) == y)}
+    naive = {}
+    if len(set(patients)) < len(y):
+        beyond = 1 + min((draws <= 0).sum(), (draws >= 0).sum())
+        p = float(min(1, 2 * beyond / (1 + len(draws)))) if len(draws) else math.nan
+        tests, naive = {'bootstrap by patient': p}, tests
+    return out | dict(tests=tests, naive=naive)
+
+
+def adjust(found):
+    """Benjamini-Hochberg over all tests of these comparisons as one family: adds `adjusted` {test: p} to each."""
+    family = [(v, test) for v in found for test, p in v['tests'].items() if not math.isnan(p)]
+    for v in found:
+        v['adjusted'] = dict.fromkeys(v['tests'], math.nan)
+    for (v, test), p in zip(family, benjamini_hochberg([v['tests'][test] for v, test in family])):
+        v['adjusted'][test] = float(p)
+    return len(family)
+
+
+def gap(v):
+    """+.038 [-.002, +.077]; McNemar p = .06, adjusted .12"""
+    parts = [f"{v['value']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}]"]
+    parts += [f'{test} p = {p:.3g}, adjusted {v["adjusted"][test]:.3g}' for test, p in v['tests'].items()]
+    parts += [f'{test} p = {p:.3g} if units were independent' for test, p in v['naive'].items()]
+    return '; '.join(parts)
+
+
+def cell(m):
+    """.812 [.774, .850]"""
+    value, low, high = ('-' if m[k] is None else f'{m[k]:.3f}'.replace('0.', '.') for k in ('value', 'low', 'high'))
+    return f'{value} [{low}, {high}]'
+
+
+def plain(value):
+    """For JSON, which knows no NaN: None."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(title, lines):
+    """lines: {label: {metric: estimate}}, all of the same metrics."""
+    print(f'\n{title}\n{"":24s}' + ''.join(f'{name:22s}' for name in next(iter(lines.values()))).rstrip())
+    for label, estimates in lines.items():
+        print(f'{label:24s}' + ''.join(f'{cell(m):22s}' for m in estimates.values()).rstrip())
+
+
+def subgroups(cfg, units, classes, y, result, patients):
+    """The metrics by a column of the label file, ages by decade as in DBT-DINO's Table 5; prints the table."""
+    values = [next((v for k, v in unit.record.items() if k.lower() == cfg.subgroup.lower()), '') for unit in units]
+    values = np.array([decade(v) if cfg.subgroup.lower() == 'age' else v or 'blank' for v in values], dtype=object)
+    out = {}
+    for value in sorted(set(values)):
+        here = values == value
+        out[value] = dict(n=int(here.sum()), patients=len(set(patients[here])), metrics=measured(
+            cfg, classes, y[here], result['p'][here], result['threshold'], patients[here]))
+    print_table(cfg.subgroup, {f"{value}, n = {group['n']}": group['metrics'] for value, group in out.items()})
+    return out
+
+
+def decade(age):
+    """'57' or '057Y' -> '50-60'; below 50 and from 70 on are one group each."""
+    digits = re.match(r'\d+', age)
+    if not digits:
+        return 'blank'
+    return ('<50', '50-60', '60-70', '70+')[np.searchsorted((50, 60, 70), int(digits[0]), side='right')]
+
+
+def write_predictions(cfg, path, units, classes, y, results):
+    """One line per encoder and unit: the truth, the decision and every probability."""
+    with open(path, 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
+        writer = csv.writer(file)
+        writer.writerow(['encoder', 'unit', 'patient', 'target', 'predicted', *(f'p_{name}' for name in classes)])
+        for r in results:
+            guesses = [''] * len(y) if cfg.task == 'risk' else [classes[guess] for guess in decided(cfg, r)]
+            for unit, truth, guess, p in zip(units, y, guesses, r['p']):
+                target = ' '.join(map(str, truth)) if cfg.task == 'risk' else classes[truth]
+                writer.writerow([r['encoder'], unit.name, unit.patient, target, guess, *map(float, p)])
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------
@@ -1240,136 +1334,36 @@ SMALL = dict(size=84, width=128, depth=4, heads=4)          # the demo of pretra
 
 
 def encoders(cfg):
-    """-> {name: a function that makes the encoder}. Random weights of the same shape come first: with a strong head
-    they go far. Their LayerScale is 1, whatever pretraining starts from: at DINOv2's 1e-5 every block of a random
-    network is the identity, and beating that is no feat."""
-    path, shape = Path(cfg.encoder), SMALL
-    if path.is_dir():
-        raise ValueError(f'{path} is a folder; --encoder takes the file, such as {path}/last.pt')
-    if path.exists():
-        shape = vit.load(path).config
-    elif cfg.encoder != Config.encoder:
+    """-> {name: file}. Random weights in the shape of --encoder, which have none, come first: with a strong head they
+    go far. ValueError where a file is no encoder, before hours of work."""
+    path = Path(cfg.encoder)
+    if not path.is_file() and cfg.encoder != Config.encoder:
         raise ValueError(f'{path}: no such file; --encoder takes a last.pt of pretrain.py or the official DINOv2 file')
-    elif dist.get_rank() == 0:
+    if not path.is_file() and dist.get_rank() == 0:
         print(f'{path} is absent: random init only. `torchrun pretrain.py` makes one, --encoder names another.')
-
-    def random():
-        torch.manual_seed(cfg.seed)
-        return vit.ViT(**shape, layerscale=1.0).eval()
-
-    makers = {'random init': random}
-    if cfg.dinov2:
-        makers['DINOv2'] = lambda: vit.load(cfg.dinov2)
-    if path.exists():
-        makers['pretrained'] = lambda: vit.load(path)
-    for make in makers.values():                            # before hours of work
-        patch = make().config['patch']
+    files = {'DINOv2': cfg.dinov2, 'pretrained': cfg.encoder if path.is_file() else None}
+    files = {'random init': None} | {name: file for name, file in files.items() if file}
+    for file in files.values():
+        patch = encoder_from(cfg, file).patch
         if cfg.size % patch:
             raise ValueError(f'--size {cfg.size} is no multiple of the patch, {patch}')
-    return makers
+    return files
 
 
-def trained(cfg, encoder, rows, stats, classes, train, val, device, decay):
-    """One head on one encoder -> (head, what the search tried). `stats` are the frozen features, None when the encoder
-    is finetuned as well, with layer-wise `decay`."""
-    outputs = YEARS if cfg.task == 'risk' else len(classes)
-    width = len(SLOTS[cfg.level]) * len(POOLS[cfg.pool]) * encoder.config['width']
-
-    def make():
-        return Head(cfg.head, width, outputs, cfg.hidden)
-
-    if not cfg.freeze:
-        torch.manual_seed(cfg.seed)
-        head = make().to(device)
-        return head, {f'{cfg.lr:.3g}': finetune(cfg, encoder, head, rows, train, val, device, decay)}
-    (x, y), (x_val, y_val) = (frozen(cfg, part, stats) for part in (train, val))
-    if cfg.head == 'knn':
-        return Neighbours(x, y, outputs, cfg.neighbours), {}
-    return fit(cfg, make, x, y, x_val, y_val)
-
-
-def frozen(cfg, units, stats):
-    """Features (n, F) and targets (n,) or (n, T) of the units that have a readable file."""
-    x, there = unit_features(cfg, units, stats)
-    return x[there], targets(units)[there]
-
-
-def targets(units):
-    """(n,) classes, or (n, T)"""
-    return torch.tensor(np.stack([unit.target for unit in units]))
-
-
-@torch.no_grad()
-def predicted(cfg, encoder, head, rows, stats, units, device):
-    """Probabilities (n, C) or risks (n, T) of the units, as float64; NaN where no file is readable."""
-    if stats is None:
-        stats = features(cfg, encoder, rows, device, {i for unit in units for i, _ in unit.rows}, cache=False)
-    x, there = unit_features(cfg, units, stats)
-    p = probabilities(cfg, head(x.to(next(head.buffers()).device)).cpu().double())
-    p[~there] = math.nan
-    return p.numpy()
-
-
-def decided(cfg, result):
-    """Classes (n,): the likeliest, or positive from the validation's threshold on."""
-    return (result['p'][:, 1] >= result['threshold']).astype(int) if cfg.task in BINARY else result['p'].argmax(1)
-
-
-def youden(y, s):
-    """The threshold with the largest sensitivity + specificity, for `s >= threshold`; chosen on validation."""
-    fpr, tpr, thresholds = roc(y, s)
-    return float(thresholds[1 + np.argmax((tpr - fpr)[1:])])                            # not the one above all scores
-
-
-def roc(y, s):
-    """-> false and true positive rates and thresholds, from (0, 0) to (1, 1); one point for each distinct score."""
-    order = np.argsort(-np.asarray(s), kind='stable')
-    y, s = np.asarray(y)[order] > 0, np.asarray(s)[order]
-    last = np.append(s[1:] != s[:-1], True)
-    tp, fp = np.cumsum(y)[last], np.cumsum(~y)[last]
-    return np.append(0, fp / max(fp[-1], 1)), np.append(0, tp / max(tp[-1], 1)), np.append(np.inf, s[last])
-
-
-def metrics(cfg, classes, threshold):
-    """{name: metric(y, p)}; the first is the one that runs are compared by. y (n,), p (n, C); risk: (n, T) both, and
-    the mean is over the years in which it is defined."""
-    C = len(classes)
-
-    def at(y, p, kind):
-        return ((p[y == kind, 1] >= threshold) == kind).mean() if (y == kind).any() else math.nan
-
-    if cfg.task == 'risk':
-        def year(y, p, t):
-            use = in_year(y, y >= 0)[:, t]
-            return auc(y[use, t], p[use, t])
-
-        years = {f'year {t + 1}': lambda y, p, t=t: year(y, p, t) for t in range(YEARS)}
-        return {'mean AUROC': lambda y, p: np.mean([a for a in yearly_auc(y, y >= 0, p) if a == a] or math.nan)} | years
-    if cfg.task in BINARY:
-        return {'AUC': lambda y, p: auc(y, p[:, 1]), 'sensitivity': lambda y, p: at(y, p, 1),
-                'specificity': lambda y, p: at(y, p, 0)}
-    out = {'accuracy': lambda y, p: (p.argmax(1) == y).mean(), 'macro F1': lambda y, p: f1(y, p.argmax(1), C),
-           'macro AUC': lambda y, p: np.mean([auc(y == c, p[:, c]) for c in range(C)])}
-    if cfg.task in ORDERED and '0' not in classes:          # BI-RADS 0, incomplete, has no place in the order
-        out['kappa'] = lambda y, p: kappa(y, p.argmax(1), C)
-    return out
-
-
-def measured(cfg, table, y, p, patients):
-    """{metric: value, 95 % interval by patient, number of draws on which it was not defined}"""
-    out, n = {}, cfg.draws
-    for name, metric in table.items():
-        values = resample(metric, (y, p), patients, np.random.default_rng(cfg.seed), n)
-        whole = values[~np.isnan(values)]
-        low, high = np.percentile(whole, [2.5, 97.5]) if len(whole) else (math.nan, math.nan)
-        out[name] = dict(value=float(metric(y, p)), low=float(low), high=float(high), undefined=n - len(whole))
-    return out
+def encoder_from(cfg, file):
+    """The encoder in a file, or random weights. Their LayerScale is 1, whatever pretraining starts from: at DINOv2's
+    1e-5 every block of a random network is the identity, and beating that is no feat."""
+    if file:
+        return vit.load(file)
+    shape = vit.load(cfg.encoder).config if os.path.isfile(cfg.encoder) else SMALL
+    torch.manual_seed(cfg.seed)
+    return vit.ViT(**shape, layerscale=1.0).eval()
 
 
 def run(cfg, device, again=False):
     """One data set and task: every encoder on every fraction of the training patients -> table, files, pictures.
     `again` may overwrite an earlier run."""
-    out, makers = Path(cfg.out), encoders(cfg)
+    out, files = Path(cfg.out), encoders(cfg)
     if (out / 'metrics.json').exists() and not again:
         raise ValueError(f'{out} holds a run; choose another --out')
     try:
@@ -1384,25 +1378,31 @@ def run(cfg, device, again=False):
     parts = parted(units, notes)
     if dist.get_rank() == 0:
         introduce(cfg, parts, classes, notes)
-    results = {}
-    for name, make in makers.items():
-        encoder, stats = make().to(device), None
+    results = []
+    for name, file in files.items():
+        encoder = encoder_from(cfg, file).to(device)
         if cfg.freeze:
-            stats = features(cfg, encoder, rows, device, {i for unit in units for i, _ in unit.rows})
-            units = [unit for unit in units if any(rows[i].readable for i, _ in unit.rows)]
-            parts = parted(units, ['after the unreadable files were left out'])
+            values = features(cfg, encoder, rows, units, device)
+            parted([unit for unit in units if any(rows[i].readable for i, _ in unit.rows)],
+                   ['after the unreadable files were left out'])
         for share in cfg.fraction:
-            encoder = encoder if cfg.freeze else make().to(device)
-            head, tried = trained(cfg, encoder, rows, stats, classes, share_of(parts['train'], share, cfg.seed),
-                                  parts['val'], device, 1.0 if name == 'random init' else cfg.layer_decay)
-            p_val, p = (predicted(cfg, encoder, head, rows, stats, parts[part], device) for part in ('val', 'test'))
-            results.setdefault(name, {})[share] = dict(p=p, tried=tried, threshold=None)
-            if cfg.task in BINARY:
-                seen, y_val = ~np.isnan(p_val).any(1), targets(parts['val']).numpy()
-                results[name][share]['threshold'] = youden(y_val[seen], p_val[seen, 1])
-    if dist.get_rank() == 0:
-        save(out / 'last.pt', dict(config=asdict(cfg), classes=list(classes), vit=encoder.config,
-                                   threshold=results[name][share]['threshold'], head=head.cpu().state_dict(),
+            kept = drawn(parts['train'], share, cfg.seed, math.ceil)
+            train = [unit for unit in parts['train'] if unit.patient in kept]
+            if cfg.freeze:
+                head, tried = fit(cfg, classes, *labelled(cfg, train, values), *labelled(cfg, parts['val'], values))
+            else:
+                encoder = encoder_from(cfg, file).to(device)
+                decay = cfg.layer_decay if file else 1.0    # random weights know nothing worth keeping
+                head, tried = finetune(replace(cfg, layer_decay=decay), encoder, rows, train, parts['val'], classes,
+                                       device)
+                values = features(cfg, encoder, rows, parts['val'] + parts['test'], device, cache=False)
+            x_val, y_val = labelled(cfg, parts['val'], values)
+            threshold = youden(y_val, predicted(cfg, head, x_val)[:, 1]) if cfg.task in BINARY else None
+            p = predicted(cfg, head, unit_features(cfg, parts['test'], values))
+            results.append(dict(encoder=name, share=share, tried=tried, threshold=threshold, p=p))
+    if dist.get_rank() == 0:                                # the last result is that of the main encoder
+        save(out / 'last.pt', dict(config=asdict(cfg), classes=list(classes), vit=encoder.config, threshold=threshold,
+                                   head=head.cpu().state_dict(),
                                    teacher={f'backbone.{k}': v.cpu() for k, v in encoder.state_dict().items()}))
         report(cfg, rows, parts, classes, notes, results)
         print(f'-> {out}/metrics.json, predictions.csv, last.pt and pictures')
@@ -1415,10 +1415,8 @@ def introduce(cfg, parts, classes, notes):
     print(f"\n{cfg.task}, {cfg.dataset}, {cfg.level} level; {cfg.head} head on {cfg.pool}, encoder "
           f"{'frozen' if cfg.freeze else 'finetuned'}; {loss}")
     for split, units in parts.items():
-        y = targets(units)
-        counts = f'{int((y == 1).any(1).sum())} with cancer' if cfg.task == 'risk' else ', '.join(
-            f'{name}: {int((y == c).sum())}' for c, name in enumerate(classes))
-        print(f'  {split:5s} {len(units)} {cfg.level}s of {len({unit.patient for unit in units})} patients, {counts}')
+        print(f'  {split:5s} {len(units)} {cfg.level}s of {len({unit.patient for unit in units})} patients; '
+              + ', '.join(f'{name}: {count}' for name, count in positives(cfg, classes, units).items()))
     for note in notes:
         print(f'  {note}')
 
@@ -1426,16 +1424,15 @@ def introduce(cfg, parts, classes, notes):
 def report(cfg, rows, parts, classes, notes, results):
     """The table on the test set, predictions.csv, metrics.json and the pictures.
 
-    results {encoder: {share: dict(p (n, C or T), threshold, tried)}}, random init first, the main encoder last; only
+    results [dict(encoder, share, threshold, tried, p (n, C or T))], random init first, the main encoder last; only
     units that every encoder could read count."""
-    out, full, main = Path(cfg.out), cfg.fraction[-1], list(results)[-1]
-    flat = [(name, share, r) for name, shares in results.items() for share, r in shares.items()]
-    readable = ~np.any([np.isnan(r['p']).any(1) for *_, r in flat], axis=0)
-    units = [unit for unit, there in zip(parts['test'], readable) if there]
+    out, main, told = Path(cfg.out), results[-1]['encoder'], len(notes)
+    seen = ~np.any([np.isnan(r['p']).any(1) for r in results], axis=0)
+    units = [unit for unit, there in zip(parts['test'], seen) if there]
     y, patients = targets(units).numpy(), np.array([unit.patient for unit in units])
-    for *_, r in flat:
-        r['p'] = r['p'][readable]
-    best = {name: shares[full] for name, shares in results.items()}
+    for r in results:
+        r['p'] = r['p'][seen]
+    best = [r for r in results if r['share'] == cfg.fraction[-1]]
     write_predictions(cfg, out / 'predictions.csv', units, classes, y, best)
 
     lacking = missing_views(cfg, rows, sum(parts.values(), []))
@@ -1443,139 +1440,42 @@ def report(cfg, rows, parts, classes, notes, results):
         notes.append(f'{len(lacking)} {cfg.level}s lack a view, for which the mean of their others stands in: '
                      + ', '.join(f'{name} ({" ".join(views)})' for name, views in list(lacking.items())[:5])
                      + (', … all in metrics.json' if len(lacking) > 5 else ''))
-        print(f'  {notes[-1]}')
-    if len(units) < len(readable):
-        notes.append(f'{len(readable) - len(units)} test {cfg.level}s have no readable file and take no part')
-        print(f'  {notes[-1]}')
-    for *_, r in flat:
-        r['metrics'] = measured(cfg, metrics(cfg, classes, r['threshold']), y, r['p'], patients)
-    counts = {'positive': int((y == 1).sum())} if cfg.task in BINARY else \
-        {f'year {t + 1}': f'{(y[use, t] > 0).sum()} of {use.sum()}' for t, use in enumerate(in_year(y, y >= 0).T)} \
-        if cfg.task == 'risk' else {name: int((y == c).sum()) for c, name in enumerate(classes)}
-    print(f"\ntest, n = {len(y)} ({', '.join(f'{name}: {count}' for name, count in counts.items())}); 95 % intervals over "
-          f'{len(set(patients))} patients, {cfg.draws} draws')
-    print(' ' * 24 + ''.join(f'{column:22s}' for column in best[main]['metrics']).rstrip())
-    for name, share, r in flat:
-        label = name if len(cfg.fraction) == 1 else f'{name}, {100 * share:g}%'
-        print(f'{label:24s}' + ''.join(f'{cell(m):22s}' for m in r['metrics'].values()).rstrip())
-    undefined = sum(m['undefined'] for *_, r in flat for m in r['metrics'].values())
+    if not seen.all():
+        notes.append(f'{(~seen).sum()} test {cfg.level}s have no readable file and take no part')
+    for note in notes[told:]:
+        print(f'  {note}')
+    for r in results:
+        r['metrics'] = measured(cfg, classes, y, r['p'], r['threshold'], patients)
+        r['delong_interval'] = delong_interval(y, r['p'][:, 1]) if cfg.task in BINARY else None
+        r['label'] = r['encoder'] if len(cfg.fraction) == 1 else f"{r['encoder']}, {100 * r['share']:g}%"
+    counted = positives(cfg, classes, units)
+    cases = ', '.join(f'{name}: {count}' for name, count in counted.items())
+    print_table(f'test, n = {len(y)} ({cases}); 95 % intervals over {len(set(patients))} patients, {cfg.draws} draws',
+                {r['label']: r['metrics'] for r in results})
+    undefined = sum(m['undefined'] for r in results for m in r['metrics'].values())
     if undefined:
-        print(f'{undefined} values of the bootstrap were not defined, for want of a class in the draw, and are left out')
-    headline = next(iter(best[main]['metrics']))
-    against = {f'{main} - {name}, {100 * share:g}%': versus(cfg, y, r['p'], results[main][share]['p'], patients)
-               for name, share, r in flat if name != main}
+        print(f'{undefined} bootstrapped values were not defined, for want of a class in the draw, and are left out')
+    headline = next(iter(results[-1]['metrics']))
+    mains = {r['share']: r['p'] for r in results if r['encoder'] == main}
+    against = {f"{main} - {r['label']}": versus(cfg, classes, y, r['p'], mains[r['share']], patients)
+               for r in results if r['encoder'] != main}
     adjust(against.values())
     for name, v in against.items():
-        print(f"{name.removesuffix(', 100%')}: {headline} {gap(v)}")
-    groups = subgroups(cfg, units, classes, y, best[main], patients) if cfg.subgroup else {}
+        print(f'{name}: {headline} {gap(v)}')
+    groups = subgroups(cfg, units, classes, y, results[-1], patients) if cfg.subgroup else {}
 
-    for r in best.values() if cfg.task in BINARY else ():
-        r['delong_interval'] = delong_interval(y, r['p'][:, 1])
-    kept = {name: {f'{share:g}': {k: v for k, v in r.items() if k != 'p'} for share, r in shares.items()}
-            for name, shares in results.items()}
     (out / 'metrics.json').write_text(json.dumps(plain(dict(
         config=asdict(cfg), torch=torch.__version__, numpy=np.__version__, classes=classes, encoder=main, n=len(y),
-        counts=counts, patients=len(set(patients)), notes=notes, results=kept, against=against, subgroups=groups,
-        missing_views=lacking)), indent=1, allow_nan=False))
+        counts=counted, patients=len(set(patients)), notes=notes, against=against, subgroups=groups,
+        results=[{k: v for k, v in r.items() if k != 'p'} for r in results], missing_views=lacking)),
+        indent=1, allow_nan=False))
     pictures(cfg, out, classes, y, best)
     if len(cfg.fraction) > 1:
-        lines = {name: [[r['metrics'][headline][k] for r in shares.values()] for k in ('value', 'low', 'high')]
-                 for name, shares in results.items()}
-        chart({name: (cfg.fraction, value, list(zip(low, high))) for name, (value, low, high) in lines.items()},
-              'share of training patients', headline).save(out / 'fraction.png')
-
-
-def plain(value):
-    """For JSON, which knows no NaN: None."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def cell(m):
-    """.812 [.774, .850]"""
-    value, low, high = ('-' if m[k] is None or math.isnan(m[k]) else f'{m[k]:.3f}'.replace('0.', '.', 1)
-                        if abs(m[k]) < 1 else f'{m[k]:.3f}' for k in ('value', 'low', 'high'))
-    return f'{value} [{low}, {high}]'
-
-
-def versus(cfg, y, p1, p2, patients):
-    """Two results on the same units -> the difference of their first metric with its paired interval by patient, and
-    {test: p}: DeLong (binary; risk: every year) or McNemar. Both take units as independent, so where patients have
-    several, `tests` holds the p of the bootstrap by patient and `naive` theirs."""
-    metric = next(iter(metrics(cfg, (), None).values()))
-    values = resample(lambda y, a, b: metric(y, b) - metric(y, a), (y, p1, p2), patients,
-                      np.random.default_rng(cfg.seed), cfg.draws)
-    whole = values[~np.isnan(values)]
-    low, high = np.percentile(whole, [2.5, 97.5]) if len(whole) else (math.nan, math.nan)
-    if cfg.task in BINARY:
-        tests = {'DeLong': delong(y, p1[:, 1], p2[:, 1])[2]}
-    elif cfg.task == 'risk':
-        tests = {f'DeLong, year {t + 1}': delong(*(a[use, t] for a in (y, p1, p2)))[2]
-                 for t, use in enumerate(in_year(y, y >= 0).T)}
-    else:
-        tests = {'McNemar': mcnemar(p1.argmax(1) == y, p2.argmax(1) == y)}
-    naive = {}
-    if len(set(patients)) < len(y):
-        beyond = 1 + min((whole <= 0).sum(), (whole >= 0).sum())
-        p = float(min(1, 2 * beyond / (1 + len(whole)))) if len(whole) else math.nan
-        tests, naive = {'bootstrap by patient': p}, tests
-    return dict(difference=float(metric(y, p2) - metric(y, p1)), low=float(low), high=float(high),
-                undefined=len(values) - len(whole), tests=tests, naive=naive)
-
-
-def adjust(found):
-    """Benjamini-Hochberg over all tests of these comparisons as one family: adds `adjusted` to each."""
-    family = [(v, test) for v in found for test, p in v['tests'].items() if not math.isnan(p)]
-    for (v, test), p in zip(family, benjamini_hochberg([v['tests'][test] for v, test in family])):
-        v.setdefault('adjusted', {})[test] = float(p)
-    return len(family)
-
-
-def gap(v):
-    """+.038 [-.002, +.077], McNemar p = .06, adjusted .12"""
-    parts = [f"{v['difference']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}]"]
-    parts += [f'{test} p = {p:.3g}, adjusted {v["adjusted"].get(test, math.nan):.3g}' for test, p in v['tests'].items()]
-    parts += [f'{test} p = {p:.3g} if units were independent' for test, p in v['naive'].items()]
-    return '; '.join(parts)
-
-
-def subgroups(cfg, units, classes, y, result, patients):
-    """The metrics by a column of the label file, ages by decade as in DBT-DINO's Table 5; prints the table."""
-    values = [next((v for k, v in unit.record.items() if k.lower() == cfg.subgroup.lower()), '') for unit in units]
-    values = np.array([decade(v) if cfg.subgroup.lower() == 'age' else v or 'blank' for v in values], dtype=object)
-    table, out = metrics(cfg, classes, result['threshold']), {}
-    print(f'\n{cfg.subgroup:16s}{"n":>6s} patients  ' + ''.join(f'{name:22s}' for name in table).rstrip())
-    for value in sorted(set(values)):
-        of = values == value
-        out[value] = dict(n=int(of.sum()), patients=len(set(patients[of])),
-                          metrics=measured(cfg, table, y[of], result['p'][of], patients[of]))
-        print(f'{value:16s}{of.sum():6d} {out[value]["patients"]:8d}  '
-              + ''.join(f'{cell(m):22s}' for m in out[value]['metrics'].values()).rstrip())
-    return out
-
-
-def decade(age):
-    """'57' or '057Y' -> '50-60'; below 50 and from 70 on are one group each."""
-    digits = re.match(r'\d+', age)
-    if not digits:
-        return 'blank'
-    return ('<50', '50-60', '60-70', '70+')[np.searchsorted((50, 60, 70), int(digits[0]), side='right')]
-
-
-def write_predictions(cfg, path, units, classes, y, results):
-    """One line per encoder and unit: the truth, the decision and every probability."""
-    names = [f'year{t + 1}' for t in range(YEARS)] if cfg.task == 'risk' else classes
-    with open(path, 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
-        writer = csv.writer(file)
-        writer.writerow(['encoder', 'unit', 'patient', 'target', 'predicted', *(f'p_{name}' for name in names)])
-        for name, result in results.items():
-            guesses = [''] * len(y) if cfg.task == 'risk' else [classes[guess] for guess in decided(cfg, result)]
-            for unit, truth, guess, p in zip(units, y, guesses, result['p']):
-                target = ' '.join(map(str, truth)) if cfg.task == 'risk' else classes[truth]
-                writer.writerow([name, unit.name, unit.patient, target, guess, *map(float, p)])
+        points = defaultdict(list)                          # encoder -> (share, value, low, high)
+        for r in results:
+            points[r['encoder']].append((r['share'], *(r['metrics'][headline][k] for k in ('value', 'low', 'high'))))
+        chart({name: zip(*of) for name, of in points.items()}, 'share of training patients', headline
+              ).save(out / 'fraction.png')
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -1591,21 +1491,18 @@ def halved(picture):
 
 def pictures(cfg, out, classes, y, results):
     """confusion.png, and roc.png: the encoders against each other, or years or classes of the main one, the last."""
-    *_, main = results.values()
+    asked, main = questions(cfg, classes, y), results[-1]
+    pairs = {name: (truth, main['p'][use, column]) for name, (use, truth, column) in asked.items()}
     if cfg.task in BINARY:
-        pairs = {name: (y, r['p'][:, 1]) for name, r in results.items()}
-    elif cfg.task == 'risk':
-        pairs = {f'year {t + 1}': (y[use, t], main['p'][use, t]) for t, use in enumerate(in_year(y, y >= 0).T)}
-    else:
-        pairs = {name: (y == c, main['p'][:, c]) for c, name in enumerate(classes)}
+        pairs = {r['encoder']: (y, r['p'][:, 1]) for r in results}
     curves = {f'{name}, {auc(*pair):.3f}': roc(*pair)[:2] for name, pair in pairs.items() if not math.isnan(auc(*pair))}
-    chart(curves, '1 - specificity', 'sensitivity', diagonal=True).save(out / 'roc.png')
+    chart(curves | {'chance': ((0, 1), (0, 1))}, '1 - specificity', 'sensitivity').save(out / 'roc.png')
     if cfg.task != 'risk':
         matrix(confusion(y, decided(cfg, main), len(classes)), classes).save(out / 'confusion.png')
 
 
-def chart(curves, xlabel, ylabel, diagonal=False):
-    """{name: (x, y) or (x, y, intervals)} in the unit square -> a picture with axes and legend."""
+def chart(curves, xlabel, ylabel):
+    """{name: (x, y) or (x, y, low, high)} in the unit square -> a picture with axes and legend."""
     side, left, top = 720, 110, 60
     picture = Image.new('RGB', (left + side + 40, top + side + 110), 'white')
     pen = ImageDraw.Draw(picture)
@@ -1616,21 +1513,18 @@ def chart(curves, xlabel, ylabel, diagonal=False):
     for tick in np.linspace(0, 1, 6):
         pen.line([at(tick, 0), at(tick, 1)], '#E5E5E5', 2)
         pen.line([at(0, tick), at(1, tick)], '#E5E5E5', 2)
-        pen.text((at(tick, 0)[0], top + side + 12), f'{tick:.1f}', 'black', font(24), anchor='ma')
-        pen.text((left - 14, at(0, tick)[1]), f'{tick:.1f}', 'black', font(24), anchor='rm')
+        pen.text(at(tick, -0.02), f'{tick:.1f}', 'black', font(24), anchor='ma')
+        pen.text(at(-0.02, tick), f'{tick:.1f}', 'black', font(24), anchor='rm')
     pen.rectangle([at(0, 1), at(1, 0)], outline='black', width=2)
-    if diagonal:
-        pen.line([at(0, 0), at(1, 1)], '#999999', 2)
-    for i, (name, (x, y, *intervals)) in enumerate(curves.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        pen.line([at(*point) for point in zip(x, y) if not np.isnan(point).any()], colour, 4, joint='curve')
-        for a, b, (low, high) in (z for z in zip(x, y, *intervals) if intervals and not np.isnan([*z[:2], *z[2]]).any()):
-            pen.line([at(a, low), at(a, high)], colour, 2)
-            pen.circle(at(a, b), 7, colour)
-        height = top + side - 40 * (len(curves) - i)
-        pen.line([(left + side * 0.5, height + 14), (left + side * 0.5 + 50, height + 14)], colour, 6)
-        pen.text((left + side * 0.5 + 64, height), name, 'black', font(26))
-    pen.text((left + side / 2, top + side + 56), xlabel, 'black', font(28), anchor='ma')
+    for i, (name, (x, y, *interval)) in enumerate(curves.items()):
+        colour, height = COLOURS[i % len(COLOURS)], 0.05 * (len(curves) - i)
+        pen.line([at(*point) for point in zip(x, y) if not math.isnan(point[1])], colour, 4, joint='curve')
+        for a, low, high in zip(x, *interval) if interval else ():
+            if not math.isnan(low):
+                pen.line([at(a, low), at(a, high)], colour, 2)
+        pen.line([at(0.5, height), at(0.57, height)], colour, 6)
+        pen.text(at(0.59, height), name, 'black', font(26), anchor='lm')
+    pen.text(at(0.5, -0.08), xlabel, 'black', font(28), anchor='ma')
     pen.text((10, 6), ylabel, 'black', font(26))
     return halved(picture)
 
@@ -1660,24 +1554,26 @@ def matrix(counts, classes):
 
 def radar(axes, polygons):
     """axes: names; polygons {name: values in 0..1, one per axis, NaN where it has none} -> MammoDINO's Fig. 2."""
-    centre, radius = np.array([720, 560]), 400
     picture = Image.new('RGB', (1440, 1160 + 40 * len(polygons)), 'white')
     pen = ImageDraw.Draw(picture)
-    angles = 2 * np.pi * np.arange(len(axes)) / len(axes) - np.pi / 2
-    spokes = np.stack([np.cos(angles), np.sin(angles)], axis=1)                         # (axes, 2)
+
+    def at(axis, value):
+        angle = 2 * math.pi * axis / len(axes) - math.pi / 2
+        return 720 + 400 * value * math.cos(angle), 560 + 400 * value * math.sin(angle)
+
     for ring in (0.2, 0.4, 0.6, 0.8, 1.0):
-        pen.polygon([tuple(centre + radius * ring * spoke) for spoke in spokes], outline='#CCCCCC', width=2)
-        pen.text(tuple(centre + (8, -radius * ring)), f'{ring:.1f}', '#777777', font(22))
-    for name, spoke in zip(axes, spokes):
-        pen.line([tuple(centre), tuple(centre + radius * spoke)], '#CCCCCC', 2)
-        pen.text(tuple(centre + (radius + 40) * spoke), name, 'black', font(26),
-                 anchor='mm' if abs(spoke[0]) < 0.3 else 'lm' if spoke[0] > 0 else 'rm')
+        pen.polygon([at(i, ring) for i in range(len(axes))], outline='#CCCCCC', width=2)
+        pen.text(at(0, ring), f' {ring:.1f}', '#777777', font(22))
+    for i, name in enumerate(axes):
+        x, y = at(i, 1.1)
+        pen.line([at(i, 0), at(i, 1)], '#CCCCCC', 2)
+        pen.text((x, y), name, 'black', font(26), anchor='mm' if abs(x - 720) < 130 else 'lm' if x > 720 else 'rm')
     for i, (name, values) in enumerate(polygons.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        corners = [tuple(centre + radius * max(v, 0) * spoke) for v, spoke in zip(values, spokes) if not math.isnan(v)]
+        colour, height = COLOURS[i % len(COLOURS)], 1120 + 40 * i
+        corners = [at(axis, max(value, 0)) for axis, value in enumerate(values) if not math.isnan(value)]
         pen.line([*corners, *corners[:1]], colour, 5, joint='curve')
-        pen.line([(340, 1120 + 40 * i), (390, 1120 + 40 * i)], colour, 6)
-        pen.text((404, 1120 + 40 * i), name, 'black', font(26), anchor='lm')
+        pen.line([(340, height), (390, height)], colour, 6)
+        pen.text((404, height), name, 'black', font(26), anchor='lm')
     return halved(picture)
 
 
@@ -1688,11 +1584,11 @@ def stored(folder):
     try:
         r = json.loads((Path(folder) / 'metrics.json').read_text())
         r['cfg'] = config_of(r['config'])
-        r['metrics'] = {name: list(shares.values())[-1]['metrics'] for name, shares in r['results'].items()}
+        r['metrics'] = {result['encoder']: result['metrics'] for result in r['results']}
         lines = [line for line in table(Path(folder) / 'predictions.csv', 'unit') if line['encoder'] == r['encoder']]
         r['units'] = [line['unit'] for line in lines]
         r['patients'] = np.array([line['patient'] for line in lines])
-        r['p'] = np.array([[float(v) for name, v in line.items() if name.startswith('p_')] for line in lines])
+        r['p'] = np.array([[float(line[f'p_{name}']) for name in r['classes']] for line in lines])
         r['y'] = np.array([[int(v) for v in line['target'].split()] if r['cfg'].task == 'risk'
                            else r['classes'].index(line['target']) for line in lines])
         if len(lines) != r['n'] or r['encoder'] not in r['metrics']:
@@ -1722,16 +1618,15 @@ def compare(argv):
         print(f"{folder}: {r['cfg'].task} on {r['cfg'].dataset}, n = {r['n']}, encoder {r['cfg'].encoder}")
         print('    ' + ', '.join(f'{name} {cell(m)}' for name, m in r['metrics'][r['encoder']].items()))
     found = {}
-    for i, a in enumerate(runs):
-        for b in list(runs)[i + 1:]:
-            one, two = runs[a], runs[b]
-            if (one['cfg'].task, one['cfg'].dataset) != (two['cfg'].task, two['cfg'].dataset):
-                continue
-            if one['units'] != two['units'] or (one['y'] != two['y']).any():
-                print(f'{a} and {b} were tested on different units or labels: no test')
-                continue
-            headline = next(iter(one['metrics'][one['encoder']]))
-            found[f'{b} - {a}: {headline}'] = versus(one['cfg'], one['y'], one['p'], two['p'], one['patients'])
+    for (a, one), (b, two) in itertools.combinations(runs.items(), 2):
+        if (one['cfg'].task, one['cfg'].dataset) != (two['cfg'].task, two['cfg'].dataset):
+            continue
+        if one['units'] != two['units'] or (one['y'] != two['y']).any():
+            print(f'{a} and {b} were tested on different units or labels: no test')
+            continue
+        headline = next(iter(one['metrics'][one['encoder']]))
+        found[f'{b} - {a}: {headline}'] = versus(one['cfg'], one['classes'], one['y'], one['p'], two['p'],
+                                                 one['patients'])
     print(f'{adjust(found.values())} tests, one family, adjusted by Benjamini-Hochberg')
     for name, v in found.items():
         print(f'    {name} {gap(v)}')
@@ -1772,28 +1667,28 @@ def predict(argv, device):
         raise ValueError(f'{path} holds an encoder without a head; give a run of finetune.py')
     cfg, classes = replace(config_of(state['config']), workers=0, max_bad=1.0), state['classes']
     slots = SLOTS[cfg.level]
-    given = [file.split('=', 1) if cfg.level != 'image' else ('image', file) for file in args.files]
+    given = [('image', file) if cfg.level == 'image' else file.split('=', 1) for file in args.files]
     if any(len(pair) != 2 or pair[0] not in slots for pair in given):
         raise ValueError(f"this model reads {cfg.level}s: give VIEW=FILE with VIEW of {', '.join(slots)}")
     absent = [file for _, file in given if not os.path.isfile(file)]
     if absent:
         raise ValueError(f'{absent[0]}: no such file; this model reads {cfg.level}s')
     rows = [Row(file, None, '', '') for _, file in given]
-    units = [Unit(args.files[i], '', '', 0, [(i, 0)], {}) for i in range(len(rows))] if cfg.level == 'image' else \
-        [Unit(cfg.level, '', '', 0, [(i, slots.index(view)) for i, (view, _) in enumerate(given)], {})]
+    members = [(i, slots.index(view)) for i, (view, _) in enumerate(given)]
+    groups = {file: [member] for file, member in zip(args.files, members)} if cfg.level == 'image' else \
+        {cfg.level: members}
+    units = [Unit(name, '', '', 0, group, {}) for name, group in groups.items()]
     if cfg.head == 'knn':
         head = Neighbours(state['head']['bank'], state['head']['labels'], len(classes), cfg.neighbours)
     else:
-        width = len(slots) * len(POOLS[cfg.pool]) * encoder.config['width']
-        head = Head(cfg.head, width, YEARS if cfg.task == 'risk' else len(classes), cfg.hidden)
+        head = head_for(cfg, encoder, classes)
     try:
         head.load_state_dict(state['head'])
     except RuntimeError as problem:
         raise ValueError(f'{path}: its head and its encoder do not fit together') from problem
-    stats = features(cfg, encoder.to(device), rows, device, range(len(rows)), cache=False)
-    names = [f'within {t + 1} y' for t in range(YEARS)] if cfg.task == 'risk' else classes
-    for unit, p in zip(units, predicted(cfg, encoder, head, rows, stats, units, device)):
-        found = ', '.join(f'{name} {value:.3f}' for name, value in zip(names, p))
+    x = unit_features(cfg, units, features(cfg, encoder.to(device), rows, units, device, cache=False))
+    for unit, p in zip(units, predicted(cfg, head, x)):
+        found = ', '.join(f'{name} {value:.3f}' for name, value in zip(classes, p))
         print(f"{unit.name}: {'unreadable' if np.isnan(p).any() else found}")
     for views in missing_views(cfg, rows, units).values():
         print(f"missing {', '.join(views)}: the mean of the other views stands in")

@@ -48,8 +48,8 @@ def touch(*paths):
 
 def labels(dataset, root, task, **flags):
     """The adapter alone: {file name: label}, None where there is none."""
-    classes, rows = finetune.DATASETS[dataset](Config(dataset=dataset, root=str(root), task=task, **flags))
-    return {os.path.relpath(row.path, root): row.label for row in rows}, classes, rows
+    rows = finetune.DATASETS[dataset](Config(dataset=dataset, root=str(root), task=task, **flags))
+    return {os.path.relpath(row.path, root): row.label for row in rows}, rows
 
 
 # ---- statistics ---------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_f1_of_an_absent_class_is_zero_and_counts():
     assert finetune.f1([0, 1], [0, 1], 3) == pytest.approx(2 / 3)
     assert finetune.f1([0, 1], [0, 1], 3, 'weighted') == 1
     assert finetune.kappa([0, 0, 3], [0, 0, 3], 4) == 1 and math.isnan(finetune.kappa([1, 1], [1, 1], 4))
-    with pytest.raises(ValueError, match='expected .macro'):
+    with pytest.raises(ValueError, match='expected macro'):
         finetune.f1([0], [0], 2, 'samples')
 
 
@@ -146,11 +146,11 @@ def test_follow_up_counts_whole_years_and_leaves_out_what_was_not_observed():
 def test_a_cancer_after_five_years_is_five_years_without_one(tmp_path):
     write(tmp_path / 'manifest.csv', ['path|patient|years_to_cancer|years_followup', 'a|1|7.5|', 'b|2|NaN|2', 'c|3||',
                                       'd|4|1|9'])
-    _, rows = finetune.manifest(Config(root=str(tmp_path), task='risk'))
+    rows = finetune.manifest(Config(root=str(tmp_path), task='risk'))
     assert [None if row.label is None else row.label.tolist() for row in rows] == [
         [0] * 5, [0, 0, -1, -1, -1], None, [0, 1, -1, -1, -1]]
     write(tmp_path / 'manifest.csv', ['path|patient|years_to_cancer|years_followup', 'a|1|-inf|3'])
-    with pytest.raises(ValueError, match="line 2: years_to_cancer '-inf'"):
+    with pytest.raises(ValueError, match='line 2: .*frame and years must be numbers'):
         finetune.manifest(Config(root=str(tmp_path), task='risk'))
 
 
@@ -185,7 +185,7 @@ def test_rsna_labels_breasts_and_has_blanks(tmp_path):
         'site_id|patient_id|image_id|laterality|view|age|cancer|biopsy|invasive|BIRADS|implant|density|machine_id|'
         'difficult_negative_case',
         '2|10006|462822612|L|CC|61.0|0|0|0||0||29|False', '1|10011|541722628|R|AT|55|1|1|1|0.0|0|C|21|False'])
-    got, classes, rows = labels('rsna', tmp_path, 'cancer')
+    got, rows = labels('rsna', tmp_path, 'cancer')
     assert got == {'train_images/10006/462822612.dcm': '0', 'train_images/10011/541722628.dcm': '1'}
     assert rows[1].view == 'AT' and rows[1].record['age'] == '55'
     assert list(labels('rsna', tmp_path, 'birads')[0].values()) == [None, '0'] and rows[1].split == ''
@@ -213,8 +213,8 @@ def test_vindr_has_lists_in_strings_and_no_cancer_label(tmp_path):
     assert labels('vindr', tmp_path, 'density')[0]['images/s1/i1.dicom'] == 'C'
     assert list(labels('vindr', tmp_path, 'birads')[0].values()) == ['4', '4', '5']
     assert list(labels('vindr', tmp_path, 'lesion')[0].values()) == ['1', '0', '0']
-    got, classes, rows = labels('vindr', tmp_path, 'lesion_type')
-    assert list(got.values()) == ['Suspicious Calcification', None, None] and classes == ('Suspicious Calcification',)
+    got, rows = labels('vindr', tmp_path, 'lesion_type')
+    assert list(got.values()) == ['Suspicious Calcification', None, None]
     assert [row.split for row in rows] == ['train', 'train', 'test']
     assert list(labels('vindr', tmp_path, 'cancer', cancer_rule='birads5')[0].values()) == ['0', '0', '1']
     assert list(labels('vindr', tmp_path, 'cancer', cancer_rule='birads45')[0].values()) == ['1', '1', '1']
@@ -252,7 +252,7 @@ def ddsm(root):
 
 def test_ddsm_has_a_row_per_lesion_and_two_spellings_of_density(tmp_path):
     ddsm(tmp_path)
-    got, _, rows = labels('ddsm', tmp_path, 'cancer')
+    got, rows = labels('ddsm', tmp_path, 'cancer')
     folder = 'CBIS-DDSM/Mass-Training_P_00001_LEFT_CC/08-07-2016-DDSM/1.000000-images/1-1.dcm'
     assert got[folder] == '1' and list(got.values()) == ['1', '0', '0', '1']            # not from the ROI folder, _1
     assert [(row.laterality, row.view, row.split) for row in rows[:2]] == [('L', 'CC', 'train'), ('R', 'MLO', 'train')]
@@ -263,7 +263,7 @@ def test_ddsm_has_a_row_per_lesion_and_two_spellings_of_density(tmp_path):
 
 def test_an_official_split_that_leaks_keeps_its_test_set_and_says_so(tmp_path):
     ddsm(tmp_path)
-    _, rows = finetune.ddsm(Config(dataset='ddsm', root=str(tmp_path), task='cancer'))
+    rows = finetune.ddsm(Config(dataset='ddsm', root=str(tmp_path), task='cancer'))
     for row in rows:
         row.label = int(row.label)
     rows += [Row('', i % 2, f'{split}{i}', '', split=split) for split in ('train', 'test') for i in range(20)]
@@ -325,12 +325,12 @@ def test_cmmd_reads_sides_from_headers_and_labels_from_a_sheet(tmp_path):
             ('D1-0001', 1, 'R', 'cranio-caudal'), ('D1-0001', 2, 'L', 'medio-lateral oblique'),
             ('D2-0007', 1, 'L', 'cranio-caudal'), ('D1-0202', 1, 'L', 'cranio-caudal')):
         dicom(tmp_path / 'CMMD' / patient / 'study' / 'series' / f'1-{number}.dcm', side, view)
-    got, _, rows = labels('cmmd', tmp_path, 'cancer')
-    assert list(got.values()) == ['0', None, None, '1']     # no row for the other breast; D1-0202 is a known duplicate
-    assert [(row.laterality, row.view) for row in rows] == [('R', 'CC'), ('L', 'MLO'), ('L', 'CC'), ('L', 'CC')]
-    assert list(labels('cmmd', tmp_path, 'cancer', cancer_rule='unlisted')[0].values()) == ['0', '0', None, '1']
-    assert list(labels('cmmd', tmp_path, 'lesion')[0].values()) == ['1', '0', None, '1']
-    assert list(labels('cmmd', tmp_path, 'lesion_type')[0].values()) == ['calcification', None, None, 'both']
+    got, rows = labels('cmmd', tmp_path, 'cancer')
+    assert list(got.values()) == ['0', None, '1']           # no row for the other breast; D1-0202 is a known duplicate
+    assert [(row.laterality, row.view) for row in rows] == [('R', 'CC'), ('L', 'MLO'), ('L', 'CC')]
+    assert list(labels('cmmd', tmp_path, 'cancer', cancer_rule='unlisted')[0].values()) == ['0', '0', '1']
+    assert list(labels('cmmd', tmp_path, 'lesion')[0].values()) == ['1', '0', '1']
+    assert list(labels('cmmd', tmp_path, 'lesion_type')[0].values()) == ['calcification', None, 'both']
 
 
 def test_cesm_has_spaces_in_names_several_rows_and_grades_in_one_cell(tmp_path):
@@ -344,7 +344,7 @@ def test_cesm_has_spaces_in_names_several_rows_and_grades_in_one_cell(tmp_path):
         ['P3_R_DM_CC', 3, 'R', 'DM', 60, 'B', 6, '', 'CC', '', 1, 'Malignant']]})
     folder = 'Low energy images of CDD-CESM'
     touch(tmp_path / folder / 'P1_L_DM_MLO.jpg', tmp_path / folder / 'P2_R_DM_CC .jpg')
-    got, _, rows = labels('cesm', tmp_path, 'cancer')
+    got, rows = labels('cesm', tmp_path, 'cancer')
     assert got == {f'{folder}/P1_L_DM_MLO.jpg': '1', f'{folder}/P2_R_DM_CC .jpg': '0', f'{folder}/P3_R_DM_CC.jpg': '1'}
     assert list(labels('cesm', tmp_path, 'birads')[0].values()) == ['5', '1', None]
     assert list(labels('cesm', tmp_path, 'lesion')[0].values()) == ['1', '0', '1']
@@ -352,7 +352,7 @@ def test_cesm_has_spaces_in_names_several_rows_and_grades_in_one_cell(tmp_path):
     assert {row.split for row in rows} == {''}
     write(tmp_path / 'training_set_pathology.csv', ['Image_name|BIRADS', 'P1_L_DM_MLO |4', 'P2_R_DM_CC|1'])
     write(tmp_path / 'testing_set_pathology.csv', ['Image_name|BIRADS', 'P3_R_DM_CC|6'])
-    assert [row.split for row in labels('cesm', tmp_path, 'cancer')[2]] == ['train', 'train', 'test']
+    assert [row.split for row in labels('cesm', tmp_path, 'cancer')[1]] == ['train', 'train', 'test']
 
 
 def mias(root, n=40, image=None):
@@ -371,8 +371,8 @@ def mias(root, n=40, image=None):
 
 def test_mias_pairs_are_patients(tmp_path):
     mias(tmp_path, 6)
-    got, classes, rows = labels('mias', tmp_path, 'density')
-    assert list(got.values()) == list('FFGGDD') and classes == ('F', 'G', 'D')
+    got, rows = labels('mias', tmp_path, 'density')
+    assert list(got.values()) == list('FFGGDD')
     assert [row.patient for row in rows] == ['001', '001', '002', '002', '003', '003']
     assert list(labels('mias', tmp_path, 'lesion')[0].values()) == list('100010')
     assert list(labels('mias', tmp_path, 'cancer')[0].values()) == list('100010')
@@ -382,8 +382,8 @@ def test_mias_pairs_are_patients(tmp_path):
 def test_a_manifest_takes_optional_columns_and_refuses_a_patient_in_two_splits(tmp_path):
     write(tmp_path / 'manifest.csv', ['path|patient|exam|laterality|view|split|frame|density|age',
                                       'a.png|p1|e1|left|cc|training||B|57', 'b.png|p2|e2|R|MLO|test|3|c|44'])
-    got, classes, rows = labels('csv', tmp_path, 'density')
-    assert list(got.values()) == ['b', 'c'] and classes == ('a', 'b', 'c', 'd')
+    got, rows = labels('csv', tmp_path, 'density')
+    assert list(got.values()) == ['b', 'c']
     assert [(r.exam, r.laterality, r.view, r.split, r.frame) for r in rows] == [
         ('e1', 'L', 'CC', 'train', None), ('e2', 'R', 'MLO', 'test', 3)]
     with pytest.raises(ValueError, match='no column label or cancer; found path, patient'):
@@ -447,7 +447,7 @@ def test_a_split_is_by_patient_and_label_and_always_the_same():
     assert [len(of[s]) for s in ('train', 'val', 'test')] == [256, 64, 80]
     assert sum(row.label for row in of['test']) == 8        # a fifth of the 40 positive patients
     units = [finetune.Unit('', row.patient, 'train', row.label, [], {}) for row in of['train']]
-    small, large = ({u.patient for u in finetune.share_of(units, share, 0)} for share in (0.1, 0.5))
+    small, large = (finetune.drawn(units, share, 0, math.ceil) for share in (0.1, 0.5))
     assert small < large and len(small) == 13 + 1           # a tenth of 102 and of 26 patients, rounded up
 
 
@@ -460,36 +460,36 @@ def test_splits_that_cannot_be_learnt_from_are_refused():
     with pytest.raises(ValueError, match='the train split is empty'):
         finetune.parted(units[4:])
     with pytest.raises(ValueError, match='the test split holds one class only'):
-        finetune.parted([unit for unit in units if unit.split != 'test' or unit.target])
+        finetune.parted([unit for unit in units if unit.split != 'test' or unit.label])
 
 
 def test_views_stand_in_the_order_of_dbt_dino_and_missing_ones_are_named():
-    rows = [Row(f'{side}{view}', 1, 'p', exam, side, view, 'train') for exam in ('e1', 'e2') for side in 'LR'
+    rows = [Row(f'{side}{view}', 1, 'p', side, view, 'train', exam) for exam in ('e1', 'e2') for side in 'LR'
             for view in ('MLO', 'CC') if (exam, side, view) != ('e2', 'L', 'CC')]
-    rows.append(Row('x', 1, 'p', 'e1', 'L', 'AT', 'train'))
+    rows.append(Row('x', 1, 'p', 'L', 'AT', 'train', 'e1'))
     notes = []
     cfg = Config(level='exam', pool='cls_mean')
     units = finetune.units_of(cfg, rows, notes)
-    assert [unit.name for unit in units] == ['p e1', 'p e2']
+    assert [unit.name for unit in units] == ['p/e1', 'p/e2']
     assert [sorted(slot for _, slot in unit.rows) for unit in units] == [[0, 1, 2, 3], [0, 2, 3]]
     assert [rows[i].path for i, _ in sorted(units[0].rows, key=lambda r: r[1])] == ['RCC', 'LCC', 'RMLO', 'LMLO']
-    assert finetune.missing_views(cfg, rows, units) == {'p e2': ['LCC']}
+    assert finetune.missing_views(cfg, rows, units) == {'p/e2': ['LCC']}
     assert notes == ['images of views other than RCC, LCC, RMLO, LMLO take no part at exam level: LAT 1']
     stats = torch.arange(len(rows) * 4.0).view(len(rows), 4, 1)
-    x, there = finetune.unit_features(cfg, units, stats)
+    x = finetune.unit_features(cfg, units, stats)
     four = dict(zip([(r.exam, r.path) for r in rows], stats[:, 0, 0].tolist()))
     assert x[0].tolist() == [four['e1', v] for v in ('RCC', 'LCC', 'RMLO', 'LMLO')]
-    assert x[1, 1] == pytest.approx(np.mean([four['e2', v] for v in ('RCC', 'RMLO', 'LMLO')])) and there.all()
+    assert x[1, 1] == pytest.approx(np.mean([four['e2', v] for v in ('RCC', 'RMLO', 'LMLO')]))
 
 
 def test_blank_views_and_mixed_lesion_types_are_told():
     with pytest.raises(ValueError, match='laterality or view is blank; --level breast needs both'):
         finetune.units_of(Config(level='breast'), [Row('a', 1, 'p', 'p')], [])
-    rows = [Row(view, label, 'p', 'p', 'L', view) for label, view in enumerate(('CC', 'MLO'))]
+    rows = [Row(view, label, 'p', 'L', view) for label, view in enumerate(('CC', 'MLO'))]
     notes = []
     assert finetune.units_of(Config(level='breast', task='lesion_type'), rows, notes) == []
     assert '1 breasts hold lesions of several types' in notes[0]
-    assert finetune.units_of(Config(level='breast', task='birads'), rows, [])[0].target == 1
+    assert finetune.units_of(Config(level='breast', task='birads'), rows, [])[0].label == 1
 
 
 # ---- features -----------------------------------------------------------------------------------------------------
@@ -512,13 +512,13 @@ def test_streamed_statistics_are_those_of_all_tokens_at_once(files, group, capsy
     torch.manual_seed(0)
     encoder = vit.ViT(**TINY)
     rows = [Row(path, 0, '', '') for path in files]
-    cfg = Config(chunk=3, workers=0)
-    got = finetune.features(cfg, encoder, rows, torch.device('cpu'), range(len(rows)), cache=False)
+    cfg = Config(level='image', chunk=3, workers=0)
+    got = finetune.features(cfg, encoder, rows, finetune.units_of(cfg, rows, []), torch.device('cpu'), cache=False)
     assert '05.npy' in capsys.readouterr().err and got[5].isnan().all() and not got[6].isnan().any()
-    _, images, _ = finetune.Images(cfg, rows, 28)[12]
+    images, single = (torch.from_numpy(finetune.Images(cfg, rows, 28)[i, False][1]) for i in (12, 0))
     with torch.no_grad():
-        cls, patches = encoder(finetune.pixels(images, 'cpu'))
-        single = encoder(finetune.pixels(finetune.Images(cfg, rows, 28)[0][1], 'cpu'))[0]
+        cls, patches = encoder(images.unsqueeze(1) / 255)
+        single = encoder(single.unsqueeze(1) / 255)[0]
     tokens = patches.flatten(0, 1)                                                      # (7 * 4, D)
     for mine, whole in zip(got[12], (cls.mean(0), tokens.mean(0), cls.std(0), tokens.std(0))):
         assert mine == pytest.approx(whole.numpy(), abs=1e-5)
@@ -528,28 +528,29 @@ def test_streamed_statistics_are_those_of_all_tokens_at_once(files, group, capsy
 def test_slices_are_evenly_spaced_and_a_frame_is_itself(files):
     volume = np.load(files[12])
     for slices, taken in ((3, [1, 3, 5]), (0, range(7)), (9, range(7))):
-        _, images, _ = finetune.Images(Config(slices=slices), [Row(files[12], 0, '', '')], 28)[0]
+        _, images = finetune.Images(Config(slices=slices), [Row(files[12], 0, '', '')], 28)[0, False]
         assert len(images) == len(taken)
         for image, k in zip(images, taken):
             assert (image == np.asarray(Image.fromarray(volume[k]).resize((28, 28), Image.Resampling.BICUBIC))).all()
-    assert len(finetune.Images(Config(), [Row(files[12], 0, '', '', frame=4)], 28)[0][1]) == 1
+    assert len(finetune.Images(Config(), [Row(files[12], 0, '', '', frame=4)], 28)[0, False][1]) == 1
 
 
 def test_features_are_cached_by_file_and_weights(files, group, tmp_path, monkeypatch):
     rows = [Row(path, 0, '', '') for path in files[:4]]
-    cfg, cpu = Config(cache=str(tmp_path), workers=0), torch.device('cpu')
+    cfg, cpu = Config(level='image', cache=str(tmp_path), workers=0), torch.device('cpu')
+    units = finetune.units_of(cfg, rows, [])
     encoder = vit.ViT(**TINY)
-    first = finetune.features(cfg, encoder, rows, cpu, range(4))
+    first = finetune.features(cfg, encoder, rows, units, cpu)
     monkeypatch.setattr(mask, 'read', None)                 # a second reading would fail
-    assert (finetune.features(cfg, encoder, rows, cpu, range(4)) == first).all()
+    assert (finetune.features(cfg, encoder, rows, units, cpu) == first).all()
     monkeypatch.undo()
     with torch.no_grad():
         encoder.norm.bias += 1
-    assert (finetune.features(cfg, encoder, rows, cpu, range(4))[:, :2] != first[:, :2]).all()
-    assert len(list(tmp_path.glob('*/*.npy'))) == 8 and not list(tmp_path.glob('*/*.part'))
+    assert (finetune.features(cfg, encoder, rows, units, cpu)[:, :2] != first[:, :2]).all()
+    assert len(list(tmp_path.glob('*/*.npy'))) == 8 and not list(tmp_path.glob('*/*.*.npy'))
     for path in tmp_path.glob('*/*.npy'):
         path.write_bytes(b'')                               # a damaged cache is made anew
-    assert not finetune.features(cfg, encoder, rows, cpu, range(4)).isnan().any()
+    assert not finetune.features(cfg, encoder, rows, units, cpu).isnan().any()
 
 
 # ---- heads --------------------------------------------------------------------------------------------------------
@@ -590,11 +591,11 @@ def test_the_loss_of_a_batch_counts_its_rare_cases_as_rare_cases():
 
 
 def test_a_batch_without_a_readable_file_weighs_nothing():
-    blank = (0, np.zeros((0, 28, 28), np.uint8), 'broken')
-    units, there, images, owner, place = finetune.collated([(7, [blank]), (3, [blank])], 1)
-    assert units == [7, 3] and there.tolist() == [0, 0] and images.shape == (1, 28, 28)
-    _, there, images, owner, place = finetune.collated(
-        [(7, [blank]), (3, [(1, np.ones((2, 28, 28), np.uint8), None)])], 2)
+    units, part = [finetune.Unit('', '', '', 0, [(i, i)], {}) for i in (0, 1)], [(0, False), (1, False)]
+    images, _, _, there = finetune.collated(units, part, [(0, None), (1, None)], 28, 2)
+    assert there.tolist() == [0, 0] and images.shape == (1, 28, 28)
+    volume = np.ones((2, 28, 28), np.uint8)
+    images, owner, place, there = finetune.collated(units, part, [(0, None), (1, volume)], 28, 2)
     assert there.tolist() == [0, 1] and owner.tolist() == [0, 0] and place.tolist() == [3]
 
 
@@ -602,7 +603,7 @@ def test_the_random_row_sees_the_image_whatever_layerscale_pretraining_starts_fr
     model = vit.ViT(**TINY | dict(layerscale=1e-5))
     torch.save(dict(vit=model.config, teacher={f'backbone.{k}': v for k, v in model.state_dict().items()}),
                tmp_path / 'last.pt')
-    random = finetune.encoders(Config(encoder=str(tmp_path / 'last.pt')))['random init']()
+    random = finetune.encoder_from(Config(encoder=str(tmp_path / 'last.pt')), None)
     assert (random.blocks[0].ls1.gamma == 1).all() and random.config == model.config
 
 
@@ -611,7 +612,7 @@ def test_the_search_keeps_the_rate_with_the_least_validation_loss():
     x = torch.randn(120, 6, generator=rng)
     y = (x[:, 0] > 0).long()
     cfg = resolved(Config(task='cancer', search=4, epochs=8))
-    head, tried = finetune.fit(cfg, lambda: finetune.Head('linear', 6, 2), x[:80], y[:80], x[80:], y[80:])
+    head, tried = finetune.fit(cfg, ('0', '1'), x[:80], y[:80], x[80:], y[80:])
     loss = finetune.criterion(cfg, head(x[80:]), y[80:], finetune.class_weights(cfg, y[80:])).item()
     assert len(tried) == 4 and loss == pytest.approx(min(tried.values()), abs=1e-6)
     assert all(1e-5 <= float(lr) <= 1e-2 for lr in tried)
@@ -709,9 +710,10 @@ def risk(exams, encoder, tmp_path_factory):
     return out
 
 
-def results(out, name='pretrained', share='1'):
+def results(out, name='pretrained', share=1):
     r = json.loads((out / 'metrics.json').read_text())
-    return r, {metric: m['value'] for metric, m in r['results'][name][share]['metrics'].items()}
+    found, = (result for result in r['results'] if (result['encoder'], result['share']) == (name, share))
+    return r, {metric: m['value'] for metric, m in found['metrics'].items()}
 
 
 def test_the_demo_runs_both_tasks_and_says_what_it_is(tmp_path, capsys, monkeypatch):
@@ -722,7 +724,7 @@ def test_the_demo_runs_both_tasks_and_says_what_it_is(tmp_path, capsys, monkeypa
     for task, metric in (('density', 'accuracy'), ('cancer', 'AUC')):
         out = tmp_path / 'runs' / 'finetune-demo' / task
         r, values = results(out, 'random init')
-        assert metric in values and r['n'] == 32 and len(r['results']['random init']['1']['tried']) == 2
+        assert metric in values and r['n'] == 32 and len(r['results'][0]['tried']) == 2
         for name in ('roc.png', 'confusion.png'):
             assert np.array(Image.open(out / name)).std() > 10
         assert len((out / 'predictions.csv').read_text().splitlines()) == 33
@@ -732,11 +734,11 @@ def test_the_demo_runs_both_tasks_and_says_what_it_is(tmp_path, capsys, monkeypa
 def test_an_exam_run_names_missing_views_and_reports_every_year(risk, capsys):
     r, values = results(risk)
     assert list(values) == ['mean AUROC', *(f'year {t}' for t in range(1, 6))]
-    assert r['missing_views'] == {'p3 e3': ['LCC', 'LMLO'], 'p8 e8': ['RMLO']} and r['config']['level'] == 'exam'
+    assert r['missing_views'] == {'p3/e3': ['LCC', 'LMLO'], 'p8/e8': ['RMLO']} and r['config']['level'] == 'exam'
     assert list(r['counts']) == [f'year {t}' for t in range(1, 6)]
-    lines = finetune.table(risk / 'predictions.csv', 'p_year1', 'p_year5')
-    assert len(lines) == 2 * r['n'] and all(float(x['p_year1']) <= float(x['p_year5']) for x in lines)
-    assert '2 exams lack a view' in r['notes'][-1] and 'p3 e3 (LCC LMLO), p8 e8 (RMLO)' in r['notes'][-1]
+    lines = finetune.table(risk / 'predictions.csv', 'p_year 1', 'p_year 5')
+    assert len(lines) == 2 * r['n'] and all(float(x['p_year 1']) <= float(x['p_year 5']) for x in lines)
+    assert '2 exams lack a view' in r['notes'][-1] and 'p3/e3 (LCC LMLO), p8/e8 (RMLO)' in r['notes'][-1]
 
 
 def test_two_ranks_give_the_result_of_one(risk, exams, encoder, tmp_path):
@@ -777,14 +779,16 @@ def test_fractions_subgroups_and_a_row_for_dinov2(exams, encoder, tmp_path, caps
         tmp_path / 'run', *FAST, '--cache', tmp_path / 'cache', '--fraction', '0.5', '1.0', '--subgroup', 'Age')
     text = capsys.readouterr().out
     r, _ = results(tmp_path / 'run')
-    assert list(r['results']) == ['random init', 'DINOv2', 'pretrained']
-    assert list(r['results']['DINOv2']) == ['0.5', '1'] and (tmp_path / 'run' / 'fraction.png').exists()
+    assert [(result['encoder'], result['share']) for result in r['results']] == list(product(
+        ('random init', 'DINOv2', 'pretrained'), (0.5, 1)))
+    assert (tmp_path / 'run' / 'fraction.png').exists()
     assert set(r['subgroups']) <= {'<50', '50-60', '60-70', '70+'}
     assert sum(g['n'] for g in r['subgroups'].values()) == r['n']
-    assert 'pretrained, 50%' in text and 'pretrained - DINOv2: AUC' in text and 'pretrained - random init, 50%' in text
+    for words in ('pretrained, 50%', 'pretrained - DINOv2, 100%: AUC', 'pretrained - random init, 50%'):
+        assert words in text
     assert len(r['against']) == 4 and all(0 <= p <= 1 for v in r['against'].values() for p in v['adjusted'].values())
     for v in r['against'].values():                         # several images of a patient are no independent cases
-        assert list(v['tests']) == ['bootstrap by patient'] and list(v['naive']) == ['DeLong']
+        assert list(v['tests']) == ['bootstrap by patient'] and list(v['naive']) == ['DeLong, cancer']
     with pytest.raises(ValueError, match='--subgroup race: no such column; found path, patient'):
         cli('--root', exams, '--task', 'cancer', '--head', 'knn', '--encoder', encoder, '--out', tmp_path / 'two',
             *FAST, '--cache', tmp_path / 'cache', '--subgroup', 'race')
@@ -812,8 +816,8 @@ def test_predict_reads_an_image_or_an_exam(risk, exams, encoder, tmp_path, capsy
     values = [float(part.split()[-1]) for part in line.split(', ')]
     assert len(values) == 5 and values == sorted(values)
     stored = finetune.stored(risk)
-    if 'p5 e5' in stored['units']:
-        assert values == pytest.approx(stored['p'][stored['units'].index('p5 e5')], abs=1e-3)
+    if 'p5/e5' in stored['units']:
+        assert values == pytest.approx(stored['p'][stored['units'].index('p5/e5')], abs=1e-3)
     cli('predict', *files[:2], '--checkpoint', risk)
     assert 'missing LCC, LMLO' in capsys.readouterr().out
     with pytest.raises(ValueError, match='this model reads exams: give VIEW=FILE with VIEW of RCC, LCC, RMLO, LMLO'):
@@ -875,7 +879,7 @@ def test_a_split_that_cannot_be_read_ends_the_run_in_words(exams, encoder, tmp_p
         path.write_bytes(b'broken' if split == 'val' else (exams / path.name).read_bytes())
     with pytest.raises(ValueError, match='the val split is empty.*after the unreadable files were left out'):
         cli('--root', tmp_path, '--task', 'cancer', '--encoder', encoder, '--out', tmp_path / 'run', *FAST, '--cache',
-            tmp_path / 'cache')
+            tmp_path / 'cache', '--max_bad', 0.9)
 
 
 @pytest.mark.parametrize('script', ['pretrain', 'finetune'])
