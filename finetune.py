@@ -467,7 +467,7 @@ def _xlsx(path, sheet):
         sheets = {s.get('name').strip(): s.get(link) for s in xml('xl/workbook.xml').findall('.//{*}sheet')}
         if sheet not in (None, *sheets):
             raise ValueError(f"no sheet {sheet!r}, found {', '.join(sheets)}")
-        files = {r.get('Id'): r.get('Target').removeprefix('/xl/') for r in xml('xl/_rels/workbook.xml.rels')}
+        files = {r.get('Id'): r.get('Target').removeprefix('/').removeprefix('xl/') for r in xml('xl/_rels/workbook.xml.rels')}
         for row in xml(f'xl/{files[sheets[sheet or list(sheets)[0]]]}').findall('.//{*}row'):
             cells = {}                                      # blank ones are left out
             for cell in row.findall('{*}c'):
@@ -1186,9 +1186,10 @@ def questions(cfg, classes, y):
 
 
 def positives(cfg, classes, units):
-    """{question: how many of how many}"""
+    """{question: how many; risk: of how many that take part in the year}"""
     asked = questions(cfg, classes, targets(units).numpy())
-    return {name: f'{truth.sum()} of {len(truth)}' for name, (_, truth, _) in asked.items()}
+    return {name: f'{truth.sum()} of {len(truth)}' if cfg.task == 'risk' else int(truth.sum())
+            for name, (_, truth, _) in asked.items()}
 
 
 def decided(cfg, result):
@@ -1243,7 +1244,7 @@ def versus(cfg, classes, y, p1, p2, patients):
     metric = next(iter(metrics(cfg, classes).values()))
     out, draws = estimate(cfg, lambda y, p1, p2: metric(y, p2) - metric(y, p1), (y, p1, p2), patients)
     if cfg.task in (*BINARY, 'risk'):
-        tests = {f'DeLong, {name}': delong(truth, p1[use, column], p2[use, column])[2]
+        tests = {'DeLong' + f', {name}' * (cfg.task == 'risk'): delong(truth, p1[use, column], p2[use, column])[2]
                  for name, (use, truth, column) in questions(cfg, classes, y).items()}
     else:
         tests = {'McNemar': mcnemar(p1.argmax(1) == y, p2.argmax(1) == y)}
