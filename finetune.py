@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import zipfile
 from collections import Counter, defaultdict
@@ -399,6 +400,7 @@ class Row:
     exam: str = ''                                          # where a patient has several
     frame: int | None = None                                # None: every slice of the file
     record: dict = field(default_factory=dict)              # its line of the label file, for --subgroup
+    name: str = ''                                          # the path from the data set's folder on
     readable: bool = True                                   # until its file turns out not to be
 
 
@@ -700,7 +702,8 @@ def load(cfg):
                 hint = '; --classes names others' if cfg.dataset == 'csv' else ''
                 raise ValueError(f"{row.path}: {cfg.task} {row.label!r} is none of {', '.join(classes)}{hint}")
             row.label = classes.index(row.label)
-        row.path = _prepared(cfg, row.path)
+        row.name = os.path.relpath(row.path, _folder(cfg))
+        row.path = _prepared(cfg, row)
     absent = {row.path for row in rows if not os.path.isfile(row.path)}
     if absent:
         notes.append(f"{len(absent)} files of the label file are not there and take no part, the first: {min(absent)}")
@@ -710,14 +713,18 @@ def load(cfg):
     return assign(cfg, rows, notes), classes, notes
 
 
-def _prepared(cfg, path):
+def _folder(cfg):
+    return cfg.root if os.path.isdir(cfg.root) else os.path.dirname(cfg.root) or '.'
+
+
+def _prepared(cfg, row):
     """Where a file of --root lies: below --images under the name `mask.py prepare` gave it, or itself."""
-    if cfg.images is None or Path(path).is_relative_to(cfg.images):
-        return path
-    root = cfg.root if os.path.isdir(cfg.root) else os.path.dirname(cfg.root)
-    mirror = Path(cfg.images, os.path.relpath(path, root))
-    if '..' in Path(os.path.relpath(path, root)).parts:
-        raise ValueError(f'{path} lies outside {root}, so --images cannot mirror it; drop --images or move the list')
+    if cfg.images is None or Path(row.path).is_relative_to(cfg.images):
+        return row.path
+    if row.name.startswith('..'):
+        raise ValueError(f'{row.path} lies outside {_folder(cfg)}, so --images cannot mirror it; drop --images or move '
+                         'the list')
+    mirror = Path(cfg.images, row.name)
     return str(next((p for p in (mirror, mirror.with_suffix('.npy'), Path(f'{mirror}.npy')) if p.exists()), mirror))
 
 
@@ -778,7 +785,7 @@ def units_of(cfg, rows, notes):
             raise ValueError(f'{row.path}: laterality or view is blank; --level {cfg.level} needs both')
         frame = '' if row.frame is None else f'#{row.frame}'
         exam = f'{row.patient}/{row.exam}'.rstrip('/')      # exams are 1, 2, … in some label files
-        name, slot = dict(image=(row.path + frame, 'image'), breast=(f'{exam}/{row.laterality}', row.view),
+        name, slot = dict(image=(row.name + frame, 'image'), breast=(f'{exam}/{row.laterality}', row.view),
                           exam=(exam, row.laterality + row.view))[cfg.level]
         if slot in slots:
             groups[name].append((i, slots.index(slot)))
@@ -1674,7 +1681,7 @@ def predict(argv, device):
     absent = [file for _, file in given if not os.path.isfile(file)]
     if absent:
         raise ValueError(f'{absent[0]}: no such file; this model reads {cfg.level}s')
-    rows = [Row(file, None, '', '') for _, file in given]
+    rows = [Row(file, None, '', name=file) for _, file in given]
     members = [(i, slots.index(view)) for i, (view, _) in enumerate(given)]
     groups = {file: [member] for file, member in zip(args.files, members)} if cfg.level == 'image' else \
         {cfg.level: members}
@@ -1748,13 +1755,12 @@ def main(argv):
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # at once; nothing is half written
     wrong = None
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as problem:                # a data worker sends its traceback along, the reason last
         wrong = str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')
-    except KeyboardInterrupt:
-        wrong = 'stopped'
     if wrong:
         print(f'finetune.py: {wrong}', file=sys.stderr)
     sys.stdout.flush()

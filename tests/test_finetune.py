@@ -419,10 +419,12 @@ def test_prepared_images_stand_in_for_published_ones(tmp_path):
     raw, prepared = tmp_path / 'raw', tmp_path / 'prepared'
     vindr(raw)
     touch(prepared / 'images' / 's1' / 'i1.npy')
-    cfg = Config(dataset='vindr', root=str(raw), images=str(prepared))
-    assert finetune._prepared(cfg, f'{raw}/images/s1/i1.dicom') == str(prepared / 'images' / 's1' / 'i1.npy')
-    cfg = Config(root=str(raw / 'breast-level_annotations.csv'), images=str(prepared))
-    assert finetune._prepared(cfg, f'{raw}/images/s1/i1.dicom') == str(prepared / 'images' / 's1' / 'i1.npy')
+    for root in (raw, raw / 'breast-level_annotations.csv'):
+        cfg = Config(root=str(root), images=str(prepared))
+        row = Row(f'{raw}/images/s1/i1.dicom', 0, 'p', name=os.path.relpath(raw / 'images/s1/i1.dicom', raw))
+        assert finetune._prepared(cfg, row) == str(prepared / 'images' / 's1' / 'i1.npy')
+    with pytest.raises(ValueError, match='lies outside .*, so --images cannot mirror it'):
+        finetune._prepared(cfg, Row('/elsewhere/a.png', 0, 'p', name='../a.png'))
 
 
 @pytest.mark.parametrize('dataset, task, words', [
@@ -833,7 +835,7 @@ def test_predict_repeats_the_predictions_of_the_run(exams, encoder, tmp_path, ca
             tmp_path / 'cache')
         run = finetune.stored(out)
         capsys.readouterr()
-        cli('predict', run['units'][0], '--checkpoint', out)
+        cli('predict', exams / run['units'][0], '--checkpoint', out)
         line = capsys.readouterr().out.splitlines()[0]
         assert [float(part.split()[-1]) for part in line.split(', ')] == pytest.approx(run['p'][0], abs=1e-3)
 
