@@ -469,7 +469,8 @@ def _xlsx(path, sheet):
         sheets = {s.get('name').strip(): s.get(link) for s in xml('xl/workbook.xml').findall('.//{*}sheet')}
         if sheet not in (None, *sheets):
             raise ValueError(f"no sheet {sheet!r}, found {', '.join(sheets)}")
-        files = {r.get('Id'): r.get('Target').removeprefix('/').removeprefix('xl/') for r in xml('xl/_rels/workbook.xml.rels')}
+        files = {r.get('Id'): r.get('Target').removeprefix('/').removeprefix('xl/')
+                 for r in xml('xl/_rels/workbook.xml.rels')}
         for row in xml(f'xl/{files[sheets[sheet or list(sheets)[0]]]}').findall('.//{*}row'):
             cells = {}                                      # blank ones are left out
             for cell in row.findall('{*}c'):
