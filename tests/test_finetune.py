@@ -230,6 +230,7 @@ def ddsm(root):
     def line(patient, side, view, number, kind, grade, verdict, name, density='3'):
         folder = f'{name}_{patient}_{side}_{view}'
         full, roi, crop = (f'{folder}{n}/000000.dcm' for n in ('/1.3.6/1.11', '_1/1.3.6/1.12', '_1/1.3.6/1.13'))
+        roi, crop = (crop, roi) if number == 2 else (roi, crop)                         # swapped, as reported
         return f'{patient}|{density}|{side}|{view}|{number}|{kind}|x|x|{grade}|{verdict}|3|{full}|{roi}|"{crop}\n"'
 
     write(root / 'mass_case_description_train_set.csv', [
@@ -824,6 +825,12 @@ def test_predict_reads_an_image_or_an_exam(risk, exams, encoder, tmp_path, capsy
     assert 'missing LCC, LMLO' in capsys.readouterr().out
     with pytest.raises(ValueError, match='this model reads exams: give VIEW=FILE with VIEW of RCC, LCC, RMLO, LMLO'):
         cli('predict', f'{exams}/5LCC.npy', '--checkpoint', risk)
+    state = torch.load(risk / 'last.pt', weights_only=True)
+    wide = vit.ViT(**TINY | dict(width=32))
+    torch.save(state | dict(vit=wide.config, teacher={f'backbone.{k}': v for k, v in wide.state_dict().items()}),
+               tmp_path / 'wide.pt')
+    with pytest.raises(ValueError, match='wide.pt: its head and its encoder do not fit together'):
+        cli('predict', *files, '--checkpoint', tmp_path / 'wide.pt')
     with pytest.raises(ValueError, match='holds an encoder without a head'):
         cli('predict', f'{exams}/5LCC.npy', '--checkpoint', encoder)
 
