@@ -60,24 +60,24 @@ class Config:
     root: str | None = option(None, 'ours', 'the data set as published, or a manifest; without it, a demo on phantoms')
     images: str | None = option(None, 'ours', 'where `mask.py prepare` put the images of --root')
     task: str = option('cancer', 'paper 3.3', 'cancer, lesion, lesion_type, birads, density or risk')
-    out: str = option('runs/finetune', 'ours', 'folder of this run')
+    out: str = option('runs/finetune', 'ours', 'folder of this run; one that holds a run is refused')
     encoder: str = option('runs/demo/last.pt', 'ours', 'a checkpoint of ours or the official DINOv2 file')
     dinov2: str | None = option(None, 'paper 3.3', 'the official DINOv2 file, for a row of its own')
     head: str = option('linear', 'ours', 'mlp (MammoDINO), linear, hazard (DBT-DINO) or knn')
     pool: str | None = option(None, 'dbt-dino 3.1', 'cls_mean, cls_mean_std, patch_mean, patch_mean_std; by head')
     level: str | None = option(None, 'ours', 'image, breast or exam; by data set and task')
-    freeze: bool | None = option(None, 'dbt-dino 6.2', 'train the head alone, on cached features; not for mlp')
+    freeze: bool | None = option(None, 'dbt-dino 6.2', 'train the head alone, on cached features; by default for all but mlp')
     cancer_rule: str | None = option(None, 'ours', 'vindr: birads5 or birads45 is cancer; cmmd: unlisted is none')
-    classes: tuple[str, ...] = option((), 'ours', 'csv: the labels in their order')
+    classes: tuple[str, ...] = option((), 'ours', 'csv: the names of the labels in order, the negative first')
     subgroup: str | None = option(None, 'dbt-dino 3.3', 'a table by this column of the label file, such as age')
     fraction: tuple[float, ...] = option((1.0,), 'dbt-dino 3.2', 'shares of the training patients, a result for each')
     seed: int = option(0, 'ours', 'split, head, order, bootstrap')
-    draws: int = option(1000, 'dbt-dino 2.5', 'bootstrap draws, by patient')
+    draws: int = option(1000, 'dbt-dino 2.5', 'bootstrap draws of patients')
     # images
     size: int = option(0, 'paper 3.2', 'pixels of the squashed image; 0 is the side the encoder was trained on, 518')
     slices: int = option(0, 'dbt-dino 6.2', 'slices read of a volume, evenly spaced; 0: all, or 4 when finetuning')
     chunk: int = option(75, 'dbt-dino 6.2.1', 'images through the encoder at once')
-    workers: int = option(4, 'ours', 'data processes per rank')
+    workers: int = option(min(4, os.cpu_count() or 1), 'ours', 'data processes per rank')
     max_bad: float = option(0.05, 'ours', 'stop above this share of unusable files, from 100 files on')
     cache: str = option('runs/features', 'dbt-dino 6.2.1', 'frozen features, keyed by file and weights')
     amp: bool | None = option(None, 'dbt-dino 6.2.1', 'bf16 autocast of the encoder; by default on GPUs only')
@@ -186,8 +186,6 @@ def resolved(cfg, ranks=1):
         wrong.append(f'--classes {" ".join(cfg.classes)}: --task {cfg.task} takes two, the negative first')
     if cfg.epochs == 0 and cfg.head != 'knn':
         wrong.append('--epochs 0 trains nothing')
-    if cfg.classes and cfg.task in BINARY and len(cfg.classes) != 2:
-        wrong.append(f'--classes: --task {cfg.task} has two')
     if not freeze and cfg.batch % ranks:
         wrong.append(f'--batch {cfg.batch} does not divide among {ranks} ranks')
     if not freeze and cfg.search:
@@ -709,7 +707,8 @@ def load(cfg):
     if absent:
         notes.append(f"{len(absent)} files of the label file are not there and take no part, the first: {min(absent)}")
         if len(absent) > cfg.max_bad * len(rows):
-            raise ValueError(f'{notes[-1]}; --max_bad is {cfg.max_bad}. Is --root, or --images, the right folder?')
+            raise ValueError(f'{len(absent)} of {len(rows)} files that the labels name are missing, the first: '
+                             f'{min(absent)}; --max_bad is {cfg.max_bad}. Is --root, or --images, the right folder?')
     rows = [row for row in rows if row.path not in absent]
     return assign(cfg, rows, notes), classes, notes
 
@@ -1299,9 +1298,9 @@ def plain(value):
 
 def print_table(title, lines):
     """lines: {label: {metric: estimate}}, all of the same metrics."""
-    print(f'\n{title}\n{"":24s}' + ''.join(f'{name:22s}' for name in next(iter(lines.values()))).rstrip())
+    print(f'\n{title}\n{"":30s}' + ''.join(f'{name:22s}' for name in next(iter(lines.values()))).rstrip())
     for label, estimates in lines.items():
-        print(f'{label:24s}' + ''.join(f'{cell(m):22s}' for m in estimates.values()).rstrip())
+        print(f'{label:30s}' + ''.join(f'{cell(m):22s}' for m in estimates.values()).rstrip())
 
 
 def subgroups(cfg, units, classes, y, result, patients):
@@ -1313,7 +1312,8 @@ def subgroups(cfg, units, classes, y, result, patients):
         here = values == value
         out[value] = dict(n=int(here.sum()), patients=len(set(patients[here])), metrics=measured(
             cfg, classes, y[here], result['p'][here], result['threshold'], patients[here]))
-    print_table(cfg.subgroup, {f"{value}, n = {group['n']}": group['metrics'] for value, group in out.items()})
+    print_table(f"by {cfg.subgroup}, {result['label']}", {
+        f"{value}: {group['n']} of {group['patients']} patients": group['metrics'] for value, group in out.items()})
     return out
 
 
@@ -1375,16 +1375,16 @@ def run(cfg, device, again=False):
     out, files = Path(cfg.out), encoders(cfg)
     if (out / 'metrics.json').exists() and not again:
         raise ValueError(f'{out} holds a run; choose another --out')
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise OSError(f'--out {out} cannot be made ({problem.strerror}); choose another') from None
     rows, classes, notes = load(cfg)
     units = units_of(cfg, rows, notes)
     columns = {name.lower(): name for unit in units for name in unit.record}
     if cfg.subgroup and cfg.subgroup.lower() not in columns:
         raise ValueError(f"--subgroup {cfg.subgroup}: no such column; found {', '.join(columns.values())}")
     parts = parted(units, notes)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise OSError(f'--out {out} cannot be made ({problem.strerror}); choose another') from None
     if dist.get_rank() == 0:
         introduce(cfg, parts, classes, notes)
     results = []
@@ -1408,7 +1408,9 @@ def run(cfg, device, again=False):
             x_val, y_val = labelled(cfg, parts['val'], values)
             threshold = youden(y_val, predicted(cfg, head, x_val)[:, 1]) if cfg.task in BINARY else None
             p = predicted(cfg, head, unit_features(cfg, parts['test'], values))
-            results.append(dict(encoder=name, share=share, tried=tried, threshold=threshold, p=p))
+            results.append(dict(encoder=name, share=share, n_train=len(train), patients_train=len(kept), tried=tried,
+                                lr=min(tried, key=tried.get, default=None), threshold=threshold, p=p,
+                                size=cfg.size or encoder.config['size']))
     if dist.get_rank() == 0:                                # the last result is that of the main encoder
         save(out / 'last.pt', dict(config=asdict(cfg), classes=list(classes), vit=encoder.config, threshold=threshold,
                                    head=head.cpu().state_dict(),
@@ -1446,7 +1448,7 @@ def report(cfg, rows, parts, classes, notes, results):
 
     lacking = missing_views(cfg, rows, sum(parts.values(), []))
     if lacking:
-        notes.append(f'{len(lacking)} {cfg.level}s lack a view, for which the mean of their others stands in: '
+        notes.append(f'{cfg.level}s that lack a view, for which the mean of their others stands in, {len(lacking)}: '
                      + ', '.join(f'{name} ({" ".join(views)})' for name, views in list(lacking.items())[:5])
                      + (', … all in metrics.json' if len(lacking) > 5 else ''))
     if not seen.all():
@@ -1456,14 +1458,16 @@ def report(cfg, rows, parts, classes, notes, results):
     for r in results:
         r['metrics'] = measured(cfg, classes, y, r['p'], r['threshold'], patients)
         r['delong_interval'] = delong_interval(y, r['p'][:, 1]) if cfg.task in BINARY else None
-        r['label'] = r['encoder'] if len(cfg.fraction) == 1 else f"{r['encoder']}, {100 * r['share']:g}%"
+        r['label'] = r['encoder'] if cfg.fraction == (1.0,) else f"{r['encoder']}, {100 * r['share']:g}%"
+    for r in results[:len(cfg.fraction)] if cfg.fraction != (1.0,) else ():
+        print(f"  {100 * r['share']:g}% of training: {r['n_train']} {cfg.level}s of {r['patients_train']} patients")
     counted = positives(cfg, classes, units)
     cases = ', '.join(f'{name}: {count}' for name, count in counted.items())
     print_table(f'test, n = {len(y)} ({cases}); 95 % intervals over {len(set(patients))} patients, {cfg.draws} draws',
                 {r['label']: r['metrics'] for r in results})
-    undefined = sum(m['undefined'] for r in results for m in r['metrics'].values())
+    undefined = max(m['undefined'] for r in results for m in r['metrics'].values())
     if undefined:
-        print(f'{undefined} bootstrapped values were not defined, for want of a class in the draw, and are left out')
+        print(f'up to {undefined} of {cfg.draws} draws held no case of some class; its metrics leave them out')
     headline = next(iter(results[-1]['metrics']))
     mains = {r['share']: r['p'] for r in results if r['encoder'] == main}
     against = {f"{main} - {r['label']}": versus(cfg, classes, y, r['p'], mains[r['share']], patients)
@@ -1504,13 +1508,15 @@ def pictures(cfg, out, classes, y, results):
     pairs = {name: (truth, main['p'][use, column]) for name, (use, truth, column) in asked.items()}
     if cfg.task in BINARY:
         pairs = {r['encoder']: (y, r['p'][:, 1]) for r in results}
-    curves = {f'{name}, {auc(*pair):.3f}': roc(*pair)[:2] for name, pair in pairs.items() if not math.isnan(auc(*pair))}
-    chart(curves | {'chance': ((0, 1), (0, 1))}, '1 - specificity', 'sensitivity').save(out / 'roc.png')
+    areas = {name: auc(*pair) for name, pair in pairs.items()}
+    curves = {f'{name}, AUC {area:.3f}': roc(*pairs[name])[:2] for name, area in areas.items() if not math.isnan(area)}
+    title = '' if cfg.task in BINARY else main['label']
+    chart(curves, '1 - specificity', 'sensitivity', title, diagonal=True).save(out / 'roc.png')
     if cfg.task != 'risk':
         matrix(confusion(y, decided(cfg, main), len(classes)), classes).save(out / 'confusion.png')
 
 
-def chart(curves, xlabel, ylabel):
+def chart(curves, xlabel, ylabel, title='', diagonal=False):
     """{name: (x, y) or (x, y, low, high)} in the unit square -> a picture with axes and legend."""
     side, left, top = 720, 110, 60
     picture = Image.new('RGB', (left + side + 40, top + side + 110), 'white')
@@ -1525,16 +1531,21 @@ def chart(curves, xlabel, ylabel):
         pen.text(at(tick, -0.02), f'{tick:.1f}', 'black', font(24), anchor='ma')
         pen.text(at(-0.02, tick), f'{tick:.1f}', 'black', font(24), anchor='rm')
     pen.rectangle([at(0, 1), at(1, 0)], outline='black', width=2)
+    if diagonal:
+        pen.line([at(0, 0), at(1, 1)], '#999999', 2)
     for i, (name, (x, y, *interval)) in enumerate(curves.items()):
         colour, height = COLOURS[i % len(COLOURS)], 0.05 * (len(curves) - i)
+        x = np.add(x, 0.008 * i * bool(interval))           # intervals side by side
         pen.line([at(*point) for point in zip(x, y) if not math.isnan(point[1])], colour, 4, joint='curve')
-        for a, low, high in zip(x, *interval) if interval else ():
-            if not math.isnan(low):
+        for a, b, low, high in zip(x, y, *interval) if interval else ():
+            if not math.isnan(b + low):
                 pen.line([at(a, low), at(a, high)], colour, 2)
+                pen.circle(at(a, b), 7, colour)
         pen.line([at(0.5, height), at(0.57, height)], colour, 6)
         pen.text(at(0.59, height), name, 'black', font(26), anchor='lm')
     pen.text(at(0.5, -0.08), xlabel, 'black', font(28), anchor='ma')
     pen.text((10, 6), ylabel, 'black', font(26))
+    pen.text((left + side, 6), title, 'black', font(26), anchor='ra')
     return halved(picture)
 
 
@@ -1554,11 +1565,11 @@ def matrix(counts, classes):
             x, y = margin + box * j, margin + box * i
             shade = tuple(int(255 - share * (255 - c)) for c in (0, 114, 178))
             pen.rectangle([x, y, x + box, y + box], shade, 'white', 3)
-            pen.text((x + box / 2, y + box / 2), str(counts[i, j]), 'white' if share > 0.5 else 'black', font(32),
+            pen.text((x + box / 2, y + box / 2), str(counts[i, j]), 'white' if share > 0.6 else 'black', font(32),
                      anchor='mm')
     pen.text((margin + side / 2, 20), 'predicted', 'black', font(28), anchor='ma')
     pen.text((20, margin / 2), 'truth', 'black', font(28))
-    return halved(picture)
+    return picture
 
 
 def radar(axes, polygons):
@@ -1572,15 +1583,17 @@ def radar(axes, polygons):
 
     for ring in (0.2, 0.4, 0.6, 0.8, 1.0):
         pen.polygon([at(i, ring) for i in range(len(axes))], outline='#CCCCCC', width=2)
-        pen.text(at(0, ring), f' {ring:.1f}', '#777777', font(22))
+        pen.text(at(0.5, ring), f' {ring:.1f}', '#777777', font(22))                    # between two axes
     for i, name in enumerate(axes):
         x, y = at(i, 1.1)
         pen.line([at(i, 0), at(i, 1)], '#CCCCCC', 2)
         pen.text((x, y), name, 'black', font(26), anchor='mm' if abs(x - 720) < 130 else 'lm' if x > 720 else 'rm')
     for i, (name, values) in enumerate(polygons.items()):
         colour, height = COLOURS[i % len(COLOURS)], 1120 + 40 * i
-        corners = [at(axis, max(value, 0)) for axis, value in enumerate(values) if not math.isnan(value)]
-        pen.line([*corners, *corners[:1]], colour, 5, joint='curve')
+        corners = [None if math.isnan(value) else at(axis, max(value, 0)) for axis, value in enumerate(values)]
+        for a, b in zip(corners, [*corners[1:], corners[0]]):
+            if a and b:                                     # open where a run has no such axis
+                pen.line([a, b], colour, 5)
         pen.line([(340, height), (390, height)], colour, 6)
         pen.text((404, height), name, 'black', font(26), anchor='lm')
     return halved(picture)
@@ -1618,13 +1631,15 @@ def compare(argv):
     Benjamini-Hochberg over all of these tests as one family, and the radar picture of MammoDINO's Fig. 2."""
     parser = argparse.ArgumentParser(prog='finetune.py compare')
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folders that finetune.py wrote, two or more')
-    parser.add_argument('--out', default='radar.png', help='the picture')
+    parser.add_argument('--out', default='runs/radar.png', help='the radar picture (default: %(default)s)')
     args = parser.parse_args(argv)
     runs = {folder: stored(folder) for folder in args.runs}
     if len(runs) < 2:
         raise ValueError('compare takes two different runs or more')
     for folder, r in runs.items():
-        print(f"{folder}: {r['cfg'].task} on {r['cfg'].dataset}, n = {r['n']}, encoder {r['cfg'].encoder}")
+        cfg = r['cfg']
+        print(f"{folder}: {cfg.task} on {cfg.dataset} {Path(cfg.root).name}, {cfg.head} on {cfg.pool}, "
+              f"{100 * cfg.fraction[-1]:g}% of training, seed {cfg.seed}, n = {r['n']}, encoder {cfg.encoder}")
         print('    ' + ', '.join(f'{name} {cell(m)}' for name, m in r['metrics'][r['encoder']].items()))
     found = {}
     for (a, one), (b, two) in itertools.combinations(runs.items(), 2):
@@ -1636,9 +1651,12 @@ def compare(argv):
         headline = next(iter(one['metrics'][one['encoder']]))
         found[f'{b} - {a}: {headline}'] = versus(one['cfg'], one['classes'], one['y'], one['p'], two['p'],
                                                  one['patients'])
-    print(f'{adjust(found.values())} tests, one family, adjusted by Benjamini-Hochberg')
+    tests = adjust(found.values())
+    print(f'tests: {tests}, one family, adjusted by Benjamini-Hochberg' if found else
+          'no test: no two runs share task and test set')
     for name, v in found.items():
         print(f'    {name} {gap(v)}')
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     radar(*web(runs)).save(args.out)
     print(f'-> {args.out}')
 
@@ -1650,11 +1668,11 @@ def web(runs):
     values = defaultdict(lambda: defaultdict(list))         # polygon -> axis -> values
     for folder, r in runs.items():
         for name, found in r['metrics'].items():
-            polygon = name if name != r['encoder'] else folder if few else r['cfg'].encoder
+            polygon = f'{name}, mean of the runs' if name != r['encoder'] else folder if few else r['cfg'].encoder
             for metric, m in found.items():
-                if few:
+                if few and metric != 'kappa':               # which may be below 0
                     values[polygon][f"{r['cfg'].task} {metric}"].append(math.nan if m['value'] is None else m['value'])
-                elif metric in ('AUC', 'macro F1', 'mean AUROC') and m['value'] is not None:
+                elif not few and metric in ('AUC', 'macro F1', 'mean AUROC') and m['value'] is not None:
                     values[polygon][r['cfg'].task].append(m['value'])
     axes = sorted({axis for polygon in values.values() for axis in polygon})
     return axes, {name: [np.mean(polygon.get(axis, math.nan)) for axis in axes] for name, polygon in values.items()}
@@ -1697,8 +1715,8 @@ def predict(argv, device):
         raise ValueError(f'{path}: its head and its encoder do not fit together') from problem
     x = unit_features(cfg, units, features(cfg, encoder.to(device), rows, units, device, cache=False))
     for unit, p in zip(units, predicted(cfg, head, x)):
-        found = ', '.join(f'{name} {value:.3f}' for name, value in zip(classes, p))
-        print(f"{unit.name}: {'unreadable' if np.isnan(p).any() else found}")
+        found = ', '.join(f'{name} = {value:.3f}' for name, value in zip(classes, p))
+        print(f"{unit.name}: {cfg.task} {'unreadable' if np.isnan(p).any() else found}")
     for views in missing_views(cfg, rows, units).values():
         print(f"missing {', '.join(views)}: the mean of the other views stands in")
     if cfg.balance and cfg.head != 'knn':

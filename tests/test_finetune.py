@@ -741,7 +741,7 @@ def test_an_exam_run_names_missing_views_and_reports_every_year(risk, capsys):
     assert list(r['counts']) == [f'year {t}' for t in range(1, 6)]
     lines = finetune.table(risk / 'predictions.csv', 'p_year 1', 'p_year 5')
     assert len(lines) == 2 * r['n'] and all(float(x['p_year 1']) <= float(x['p_year 5']) for x in lines)
-    assert '2 exams lack a view' in r['notes'][-1] and 'p3/e3 (LCC LMLO), p8/e8 (RMLO)' in r['notes'][-1]
+    assert 'exams that lack a view' in r['notes'][-1] and 'p3/e3 (LCC LMLO), p8/e8 (RMLO)' in r['notes'][-1]
 
 
 def test_two_ranks_give_the_result_of_one(risk, exams, encoder, tmp_path):
@@ -804,10 +804,10 @@ def test_compare_tests_equal_units_and_adjusts_all_p_values(risk, tuned, exams, 
     capsys.readouterr()
     cli('compare', tmp_path / 'a', tmp_path / 'b', tuned, risk, '--out', tmp_path / 'radar.png')
     text = capsys.readouterr().out
-    assert '1 tests, one family' in text and 'McNemar' in text
+    assert 'tests: 1, one family' in text and 'McNemar' in text
     assert np.array(Image.open(tmp_path / 'radar.png')).std() > 10
     axes, polygons = finetune.web({str(f): finetune.stored(f) for f in (tmp_path / 'a', tuned, risk)})
-    assert axes == ['cancer', 'density', 'risk'] and list(polygons) == ['random init', str(encoder)]
+    assert axes == ['cancer', 'density', 'risk'] and list(polygons) == ['random init, mean of the runs', str(encoder)]
     with pytest.raises(ValueError, match='not a run of finetune.py'):
         cli('compare', tmp_path / 'a', tmp_path)
 
@@ -851,7 +851,7 @@ def test_predict_repeats_the_predictions_of_the_run(exams, encoder, tmp_path, ca
     (lambda lines: [line.replace('|a|', '|x|') for line in lines], "density 'x' is none of a, b, c, d"),
     (lambda lines: [lines[0].replace('density', 'class'), *lines[1:]], 'no column label or density'),
     (lambda lines: lines[:1], 'a header and no rows'),
-    (lambda lines: [lines[0], *('gone/' + line for line in lines[1:])], 'are not there .*, the first: .*gone')])
+    (lambda lines: [lines[0], *('gone/' + line for line in lines[1:])], 'files that the labels name are missing, the first: .*gone')])
 def test_bad_manifests_are_refused_in_one_sentence(spoil, words, exams, encoder, tmp_path):
     lines = [line.replace(',', '|') for line in (exams / 'manifest.csv').read_text().splitlines()]
     write(tmp_path / 'manifest.csv', spoil(lines))
