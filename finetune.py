@@ -1583,7 +1583,7 @@ def radar(axes, polygons):
 
     for ring in (0.2, 0.4, 0.6, 0.8, 1.0):
         pen.polygon([at(i, ring) for i in range(len(axes))], outline='#CCCCCC', width=2)
-        pen.text(at(0.5, ring), f' {ring:.1f}', '#777777', font(22))                    # between two axes
+        pen.text(at(0, ring), f'{ring:.1f}  ', '#777777', font(22), anchor='rm')
     for i, name in enumerate(axes):
         x, y = at(i, 1.1)
         pen.line([at(i, 0), at(i, 1)], '#CCCCCC', 2)
@@ -1592,6 +1592,8 @@ def radar(axes, polygons):
         colour, height = COLOURS[i % len(COLOURS)], 1120 + 40 * i
         corners = [None if math.isnan(value) else at(axis, max(value, 0)) for axis, value in enumerate(values)]
         for a, b in zip(corners, [*corners[1:], corners[0]]):
+            if a:
+                pen.circle(a, 7, colour)
             if a and b:                                     # open where a run has no such axis
                 pen.line([a, b], colour, 5)
         pen.line([(340, height), (390, height)], colour, 6)
