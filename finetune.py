@@ -323,7 +323,7 @@ def yearly_auc(y, mask, p):
 def resample(metric, arrays, groups, rng, n=1000):
     """metric(*arrays) on n bootstrap draws (n,): groups (patients, phantoms) are drawn with replacement, their rows
     stay together. NaN where the metric is not defined on a draw."""
-    _, group = np.unique(groups, return_inverse=True)
+    arrays, (_, group) = [np.asarray(a) for a in arrays], np.unique(groups, return_inverse=True)
     rows = np.split(np.argsort(group, kind='stable'), np.cumsum(np.bincount(group))[:-1])
     values = np.empty(n)
     for i in range(n):
@@ -363,7 +363,7 @@ def follow_up(years_to_cancer, years_followup, years=len(YEARS)):
 
 def cumulative(x, W, b):
     """H_t = sum_{k<=t} softplus(W_k x + b_k): x (B, F), W (T, F), b (T,) -> (B, T), which never falls."""
-    return F.softplus(F.linear(x, W, b)).cumsum(-1)
+    return F.softplus(F.linear(*map(torch.as_tensor, (x, W, b)))).cumsum(-1)
 
 
 def hazard(x, W, b):
@@ -377,7 +377,7 @@ def hazard_loss(H, y, mask, weight=None):
 
     H (B, T) cumulative hazards above 0, y (B, T) 0 or 1, mask (B, T) 1 where observed. Exams never observed count not.
     """
-    H, y, mask = H.double(), y.double(), mask.double()
+    H, y, mask = (torch.as_tensor(a).double() for a in (H, y, mask))                    # (B, T) each
     each = (1 - y) * H - y * torch.log(-torch.expm1(-H.clamp_min(1e-30)))               # (B, T)
     seen = mask.sum(-1)
     weight = (seen > 0).double() * (1 if weight is None else weight)

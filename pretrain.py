@@ -716,7 +716,7 @@ def knn(similarity, labels, k=10, temp=0.07):
 def resample(metric, arrays, groups, rng, n=1000):
     """metric(*arrays) on n bootstrap draws (n,): groups (patients, phantoms) are drawn with replacement, their rows
     stay together. NaN where the metric is not defined on a draw."""
-    _, group = np.unique(groups, return_inverse=True)
+    arrays, (_, group) = [np.asarray(a) for a in arrays], np.unique(groups, return_inverse=True)
     rows = np.split(np.argsort(group, kind='stable'), np.cumsum(np.bincount(group))[:-1])
     values = np.empty(n)
     for i in range(n):

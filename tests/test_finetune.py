@@ -118,6 +118,8 @@ def test_bootstrap_draws_patients_and_leaves_out_what_is_not_defined():
     assert 0.2 < np.isnan(values).mean() < 0.5              # (1 - 1/10)^10 = .35 draws hold no positive; 5 sd = .11
     low, high = finetune.bootstrap(finetune.auc, [y, s], np.arange(10), np.random.default_rng(0), 500)
     assert low == np.percentile(values[~np.isnan(values)], 2.5) <= high
+    assert finetune.bootstrap(finetune.auc, [y.tolist(), s.tolist()], list('abcdefghij'), np.random.default_rng(0),
+                              500) == (low, high)
     assert all(map(math.isnan, finetune.bootstrap(finetune.auc, [y * 0, s], np.arange(10), rng, 20)))
 
 
