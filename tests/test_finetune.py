@@ -427,7 +427,7 @@ def test_prepared_images_stand_in_for_published_ones(tmp_path):
         row = Row(f'{raw}/images/s1/i1.dicom', 0, 'p', name=os.path.relpath(raw / 'images/s1/i1.dicom', raw))
         assert finetune._prepared(cfg, row) == str(prepared / 'images' / 's1' / 'i1.npy')
     with pytest.raises(ValueError, match='lies outside .*, so --images cannot mirror it'):
-        finetune._prepared(cfg, Row('/elsewhere/a.png', 0, 'p', name='../a.png'))
+        finetune._prepared(cfg, Row(f'{tmp_path}/a.png', 0, 'p', name='../a.png'))
 
 
 @pytest.mark.parametrize('dataset, task, words', [
