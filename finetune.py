@@ -1761,6 +1761,7 @@ def demo(cfg, device):
 
 
 def main(argv):
+    """compare, predict, a run, or without --root the demo."""
     if argv[:1] == ['compare']:
         return compare(argv[1:])
     _, ranks, device = setup()
