@@ -66,7 +66,7 @@ class Config:
     head: str = option('linear', 'ours', 'mlp (MammoDINO), linear, hazard (DBT-DINO) or knn')
     pool: str | None = option(None, 'dbt-dino 3.1', 'cls_mean, cls_mean_std, patch_mean, patch_mean_std; by head')
     level: str | None = option(None, 'ours', 'image, breast or exam; by data set and task')
-    freeze: bool | None = option(None, 'dbt-dino 6.2', 'train the head alone, on cached features; by default for all but mlp')
+    freeze: bool | None = option(None, 'dbt-dino 6.2', 'train the head alone, on cached features; all but mlp do')
     cancer_rule: str | None = option(None, 'ours', 'vindr: birads5 or birads45 is cancer; cmmd: unlisted is none')
     classes: tuple[str, ...] = option((), 'ours', 'csv: the names of the labels in order, the negative first')
     subgroup: str | None = option(None, 'dbt-dino 3.3', 'a table by this column of the label file, such as age')
@@ -576,7 +576,10 @@ def cmmd(cfg):
     rows = []
     for path in tqdm(mask.listing(cfg.root), desc='reading headers', unit='file', delay=2):
         patient = next((part for part in Path(path).parts if re.fullmatch(r'D[12]-\d{4}', part)), None)
-        if patient in (None, *CMMD_TWINS) or path.lower().endswith('.npy'):
+        if patient is None or path.lower().endswith('.npy'):
+            continue
+        if patient in CMMD_TWINS:
+            rows.append(Row(path, None, patient))           # counted among the images without a label
             continue
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True,
@@ -625,8 +628,11 @@ def cesm(cfg):
 def mias(cfg):
     """mini-MIAS: Info.txt and mdb001 … mdb322 (MLO film; mdb001 and mdb002 are one patient). density F, G, D; lesion:
     anything but NORM; cancer: malignant; lesion_type: the class of the first finding. Odd is R as Info.txt has it."""
-    films, files, rows = defaultdict(list), {Path(path).stem: path for path in mask.listing(cfg.images or cfg.root)}, []
-    for line in (Path(cfg.root) / 'Info.txt').read_text(errors='replace').splitlines():
+    info, films, rows = Path(cfg.root) / 'Info.txt', defaultdict(list), []
+    if not info.exists():
+        raise ValueError(f'{info}: no such file; --root is the folder that holds it')
+    files = {Path(path).stem: path for path in mask.listing(cfg.images or cfg.root)}
+    for line in info.read_text(errors='replace').splitlines():
         found = re.match(r'(mdb\d{3}) +([FGD]) +(\w+)(?: +([BM])\b)?', line)
         if found:
             films[found[1]].append(found)
@@ -1343,8 +1349,8 @@ SMALL = dict(size=84, width=128, depth=4, heads=4)          # the demo of pretra
 
 
 def encoders(cfg):
-    """-> {name: file}. Random weights in the shape of --encoder, which have none, come first: with a strong head they
-    go far. ValueError where a file is no encoder, before hours of work."""
+    """-> {name: file}, None for random weights in the shape of --encoder, which come first: with a strong head they go
+    far. ValueError where a file is no encoder, before hours of work."""
     path = Path(cfg.encoder)
     if not path.is_file() and cfg.encoder != Config.encoder:
         raise ValueError(f'{path}: no such file; --encoder takes a last.pt of pretrain.py or the official DINOv2 file')
@@ -1435,8 +1441,8 @@ def introduce(cfg, parts, classes, notes):
 def report(cfg, rows, parts, classes, notes, results):
     """The table on the test set, predictions.csv, metrics.json and the pictures.
 
-    results [dict(encoder, share, threshold, tried, p (n, C or T))], random init first, the main encoder last; only
-    units that every encoder could read count."""
+    results [dict(encoder, share, threshold, p (n, C or T), …)] as `run` makes them, random init first, the main encoder
+    last; only units that every encoder could read count."""
     out, main, told = Path(cfg.out), results[-1]['encoder'], len(notes)
     seen = ~np.any([np.isnan(r['p']).any(1) for r in results], axis=0)
     units = [unit for unit, there in zip(parts['test'], seen) if there]
@@ -1777,7 +1783,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # at once; nothing is half written
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # at once, without waiting for data workers
     wrong = None
     try:
         main(sys.argv[1:])

@@ -329,11 +329,11 @@ def test_cmmd_reads_sides_from_headers_and_labels_from_a_sheet(tmp_path):
             ('D2-0007', 1, 'L', 'cranio-caudal'), ('D1-0202', 1, 'L', 'cranio-caudal')):
         dicom(tmp_path / 'CMMD' / patient / 'study' / 'series' / f'1-{number}.dcm', side, view)
     got, rows = labels('cmmd', tmp_path, 'cancer')
-    assert list(got.values()) == ['0', None, '1']           # no row for the other breast; D1-0202 is a known duplicate
-    assert [(row.laterality, row.view) for row in rows] == [('R', 'CC'), ('L', 'MLO'), ('L', 'CC')]
-    assert list(labels('cmmd', tmp_path, 'cancer', cancer_rule='unlisted')[0].values()) == ['0', '0', '1']
-    assert list(labels('cmmd', tmp_path, 'lesion')[0].values()) == ['1', '0', '1']
-    assert list(labels('cmmd', tmp_path, 'lesion_type')[0].values()) == ['calcification', None, 'both']
+    assert list(got.values()) == ['0', None, None, '1']     # no row for the other breast; D1-0202 is a known duplicate
+    assert [(row.laterality, row.view) for row in rows] == [('R', 'CC'), ('L', 'MLO'), ('', ''), ('L', 'CC')]
+    assert list(labels('cmmd', tmp_path, 'cancer', cancer_rule='unlisted')[0].values()) == ['0', '0', None, '1']
+    assert list(labels('cmmd', tmp_path, 'lesion')[0].values()) == ['1', '0', None, '1']
+    assert list(labels('cmmd', tmp_path, 'lesion_type')[0].values()) == ['calcification', None, None, 'both']
 
 
 def test_cesm_has_spaces_in_names_several_rows_and_grades_in_one_cell(tmp_path):
@@ -853,7 +853,8 @@ def test_predict_repeats_the_predictions_of_the_run(exams, encoder, tmp_path, ca
     (lambda lines: [line.replace('|a|', '|x|') for line in lines], "density 'x' is none of a, b, c, d"),
     (lambda lines: [lines[0].replace('density', 'class'), *lines[1:]], 'no column label or density'),
     (lambda lines: lines[:1], 'a header and no rows'),
-    (lambda lines: [lines[0], *('gone/' + line for line in lines[1:])], 'files that the labels name are missing, the first: .*gone')])
+    (lambda lines: [lines[0], *('gone/' + line for line in lines[1:])],
+     'files that the labels name are missing, the first: .*gone')])
 def test_bad_manifests_are_refused_in_one_sentence(spoil, words, exams, encoder, tmp_path):
     lines = [line.replace(',', '|') for line in (exams / 'manifest.csv').read_text().splitlines()]
     write(tmp_path / 'manifest.csv', spoil(lines))
