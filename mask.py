@@ -45,13 +45,19 @@ def frames(path):
 
     Raises ValueError or OSError with one line that says what came and what was expected.
     """
+    return shape(path)[0]
+
+
+def shape(path):
+    """(K, H, W) of the file: slices, rows, columns. Reads the header only; raises like `frames`."""
     with _one_line_errors(path):
         if _kind(path) == 'dicom':
-            return _dicom_frames(path, _header(path)[0])
+            ds = _header(path)[0]
+            return _dicom_frames(path, ds), int(ds.Rows), int(ds.Columns)
         if _kind(path) == 'picture':
             with _open_picture(path) as image:
-                return _pages(image)
-        return len(_open_npy(path))
+                return _pages(image), image.height, image.width
+        return _open_npy(path).shape
 
 
 def read(path, frame=0, voi=False):

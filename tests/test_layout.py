@@ -54,7 +54,7 @@ def test_the_scripts_share_their_plumbing_word_for_word():
 
 def test_the_readme_names_only_what_exists():
     readme = (ROOT / 'README.md').read_text()
-    named = re.findall(r'\b(mask|sampler|vit|losses|pretrain|finetune)\.py:(\w+)', readme)
+    named = re.findall(r'\b(mask|sampler|vit|losses|pretrain|finetune|detect)\.py:(\w+)', readme)
     assert len(named) > 15
     for module, name in named:
         assert re.search(rf'^\s*(def|class) {name}\b|^{name}\s*[:=]', source(module), re.M), f'{module}.py:{name}'
@@ -62,4 +62,4 @@ def test_the_readme_names_only_what_exists():
         assert (ROOT / picture).exists(), picture
     fields = {name for script in SCRIPTS for name in re.findall(r'^    (\w+): .*option\(', source(script), re.M)}
     for flag in re.findall(r'`--(\w+)', readme):
-        assert flag in fields | {'help', 'side', 'checkpoint'} or flag.startswith(('nproc', 'no')), flag
+        assert flag in fields | {'help', 'side', 'checkpoint', 'labels', 'boxes', 'threshold'} or flag.startswith(('nproc', 'no')), flag

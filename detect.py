@@ -1,0 +1,1851 @@
+"""Lesions in mammograms and tomosynthesis (DBT) volumes: FPN-RetinaNet on the ViT (DBT-DINO, arXiv 2512.13608, 2.4,
+3.5, 6.2.3), scored by FROC as the DBTex challenge counts it.
+
+    $ python detect.py                                                            # phantoms, no data needed
+    $ torchrun --nproc-per-node 8 detect.py --dataset bcs --root DIR --encoder runs/mammodino/last.pt --out RUN
+    $ python detect.py predict FILE --checkpoint RUN                              # findings.json and pictures
+    $ python detect.py score RUN_A RUN_B                                          # FROC with intervals, McNemar, AP
+    $ python detect.py score submission.csv --labels LABELS.csv --boxes BOXES.csv     # in the challenge's own format
+
+A slice, squashed to S x S pixels, becomes patch tokens of a frozen or finetuned encoder, four pyramid levels, and for
+each of A anchors a logit and four deltas. The boxes of all slices of a volume merge into findings, which go back to
+the pixels of the file and into predictions.csv.
+
+B images, S pixels of a side, D width, C channels, A anchors, G lesions, P predictions; boxes are x0 y0 x1 y1.
+"""
+import argparse
+import contextlib
+import csv
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage, stats
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import mask
+import vit
+
+
+# ---- configuration --------------------------------------------------------------------------------------------------
+
+def option(default, source, text):
+    return field(default=default, metadata=dict(source=source, help=text))
+
+
+@dataclass
+class Config:
+    """Every field is a flag. Source: [6.2.3] and the like are sections of DBT-DINO, [retinanet] Lin 2017, [ours]."""
+    dataset: str = option('csv', 'ours', 'bcs, vindr, cbis, mias or csv, a list of your own')
+    root: str | None = option(None, 'ours', 'the data set as published, or a list; without it, a demo on phantoms')
+    images: str | None = option(None, 'ours', 'where `mask.py prepare` put the images of --root')
+    findings: tuple[str, ...] = option((), 'ours', 'the labels that count as lesions, such as Mass; all by default')
+    out: str = option('runs/detect', 'ours', 'folder of this run')
+    resume: bool = option(False, 'ours', 'go on with the run in --out, bit for bit')
+    encoder: str = option('runs/demo/last.pt', 'ours', 'a checkpoint of ours or the official DINOv2 file')
+    random_encoder: bool = option(False, 'ours', 'fresh weights in the shape of --encoder, the row to beat')
+    freeze: bool = option(True, '2.4', 'train the detector alone; --no-freeze trains the encoder with it')
+    seed: int = option(0, 'ours', 'validation split, weights, order, augmentation, bootstrap')
+    # images
+    size: int = option(518, '6.2.3', 'pixels of the squashed image, a multiple of 14')
+    augment: bool = option(True, '6.2.3', 'flips, zoom, coarse dropout, gamma, noise')
+    normals: float = option(1.0, 'ours', 'normal slices drawn in an epoch for each annotated one')
+    workers: int = option(min(4, os.cpu_count() or 1), 'ours', 'data processes per rank')
+    max_bad: float = option(0.05, 'ours', 'stop above this share of unusable files')
+    # detector
+    channels: int = option(256, '6.2.3', 'width of the pyramid and of the towers, a multiple of 32')
+    dropout: float = option(0.1, '6.2.3', 'before the last layer, half of it between the others')
+    high: float = option(0.5, 'retinanet', 'an anchor of this IoU or more with a lesion is positive')
+    low: float = option(0.4, 'retinanet', 'below this it is background, between the two it is ignored')
+    alpha: float = option(0.25, 'retinanet', 'focal loss: weight of the positives')
+    gamma: float = option(2.0, 'retinanet', 'focal loss: how fast easy anchors fade')
+    smoothing: float = option(0.0, '6.2.3', 'positives aim at 1 - smoothing')
+    ratio: float = option(1.0, '6.2.3', 'weight of the focal loss against the box loss')
+    nms: float = option(0.1, '6.2.3', 'of two boxes in a slice that overlap by more (IoU), one stays')
+    top: int = option(50, 'ours', 'boxes kept in a slice, and findings in a volume')
+    overlap: float = option(0.5, 'ours', 'boxes of neighbouring slices that share this much of the smaller one are one')
+    gap: int = option(1, 'ours', 'slices from one box of a finding to the next, at most')
+    # optimization
+    epochs: int = option(50, '6.2.3', 'at most; 0 scores an untrained detector')
+    patience: int = option(10, '6.2.3', 'epochs without a better validation before training stops')
+    batch: int = option(64, '6.2.3', 'slices per step, over all ranks')
+    micro_batch: int = option(8, 'ours', 'slices per rank at once, the rest is accumulated')
+    lr: float = option(5e-4, 'ours', 'peak learning rate')
+    wd: float = option(1e-4, 'ours', 'weight decay')
+    layer_decay: float = option(0.75, 'ours', '--no-freeze: learning rate factor per block below the top')
+    clip: float = option(1.0, 'ours', 'gradient norm at most')
+    search: int = option(0, '6.2.3', 'random trials over the ranges of the paper, the best on validation; 200 there')
+    amp: bool | None = option(None, '6.2.3', 'bf16 autocast; by default on GPUs only')
+    # scores
+    min_distance: float = option(100.0, 'dbtex', 'pixels from centre to centre that are a hit also for small lesions')
+    draws: int = option(1000, '2.5', 'bootstrap draws of patients')
+    phantoms: int = option(400, 'ours', 'demo: volumes, of which 65 % train, 10 % choose and 25 % test')
+
+
+def parse(config, argv, demo=None, source='data'):
+    """Flags -> config. `demo` replaces the defaults where the flag `source`, which names the data, is not given."""
+    parser = argparse.ArgumentParser(usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for f in fields(config):
+        text = f"{f.metadata['help']} [{f.metadata['source']}] (default: {f.default})".replace('%', '%%')
+        kind = next((t for t in (bool, int, float) if t.__name__ in str(f.type)), str)
+        if kind is bool:
+            parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
+        else:
+            many = '+' if '...' in str(f.type) else len(f.default) if isinstance(f.default, tuple) else None
+            parser.add_argument(f'--{f.name}', type=kind, nargs=many, help=text)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    return config(**({} if source in given else demo or {}) | given)
+
+
+def setup():
+    """-> rank, ranks, device. There is always a process group: NCCL or gloo under torchrun, one of one without."""
+    cuda = torch.cuda.is_available()
+    backend = 'nccl' if cuda else 'gloo'
+    if 'RANK' in os.environ:
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if cuda else torch.device('cpu')
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend, timeout=timedelta(hours=6))                    # rank 0 reads a million headers
+    else:
+        device = torch.device('cuda' if cuda else 'cpu')
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def save(path, state):
+    """Written beside its place and moved there whole: a crash or a full disk leaves the checkpoint before it."""
+    part = Path(f'{path}.part')
+    try:
+        torch.save(state, part)
+    except (OSError, RuntimeError) as problem:
+        part.unlink(missing_ok=True)
+        raise OSError(f'{path} cannot be written ({problem}); free some disk space and start again') from problem
+    os.replace(part, path)
+
+
+def cosine(step, steps, start, end, warmup=0):
+    """Linear from 0 over `warmup` steps, then half a cosine from start to end (DINOv2, per step)."""
+    if step < warmup:
+        return start * step / max(warmup - 1, 1)
+    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+
+
+
+def check(cfg, ranks):
+    """ValueError for what cannot work, in words, before hours of work."""
+    if cfg.dataset not in DATASETS:
+        raise ValueError(f"--dataset {cfg.dataset}: expected {', '.join(DATASETS)}")
+    wrong = [f'--{name} {getattr(cfg, name)} must be above 0 and finite' for name in (
+        'patience', 'batch', 'micro_batch', 'lr', 'layer_decay', 'clip', 'channels', 'top', 'gap', 'draws', 'ratio',
+        'min_distance') if not 0 < getattr(cfg, name) < math.inf]
+    wrong += [f'--{name} {getattr(cfg, name)} must not be negative' for name in (
+        'seed', 'workers', 'max_bad', 'epochs', 'search', 'wd', 'normals', 'gamma') if getattr(cfg, name) < 0]
+    wrong += [f'--{name} {getattr(cfg, name)} must lie in 0 … 1' for name in (
+        'dropout', 'high', 'low', 'alpha', 'smoothing', 'nms', 'overlap') if not 0 <= getattr(cfg, name) <= 1]
+    if cfg.size % 14 or cfg.size < 84:
+        wrong.append(f'--size {cfg.size} must be a multiple of the patch, 14, and at least 84')
+    if cfg.channels % 32:
+        wrong.append(f'--channels {cfg.channels} must be a multiple of 32, the groups of GroupNorm')
+    if cfg.low > cfg.high:
+        wrong.append(f'--low {cfg.low} is above --high {cfg.high}')
+    if cfg.batch % ranks:
+        wrong.append(f'--batch {cfg.batch} does not divide among {ranks} ranks')
+    if cfg.phantoms < 40:
+        wrong.append(f'--phantoms {cfg.phantoms} are too few for the demo; 40 at least')
+    if cfg.search and not cfg.epochs:
+        wrong.append('--search with --epochs 0 has nothing to compare')
+    if wrong:
+        raise ValueError('; '.join(wrong))
+
+
+# ---- anchors and boxes (RetinaNet, Lin 2017) ------------------------------------------------------------------------
+
+LEVELS = dict(P3=(7, 3.5, 16), P4=(14, 7, 32), P5=(28, 14, 64), P6=(56, 14, 128))       # stride, first centre, base
+RATIOS, SCALES = (0.5, 1.0, 2.0), (1.0, 1.26, 1.587)        # height / width; times the base
+
+
+def grids(size):
+    """Cells per side of P3 … P6: 74, 37, 18, 9 at 518. Pooling drops the last token of an odd grid."""
+    patches = size // 14
+    return 2 * patches, patches, patches // 2, (patches // 2 + 1) // 2
+
+
+def anchors(size):
+    """All anchors of a size x size image, (A, 4) x0 y0 x1 y1 in its pixels, 65,250 at 518: by level from P3, row,
+    column, then nine shapes, the ratio in the outer loop.
+
+    They sit where the cells look: max-pooling and a strided convolution over an odd grid leave P5 at 28 (j + 0.5) and
+    P6 at 56 j + 14. size / cells times j + 0.5, as in the paper's code, is up to 27 pixels off.
+    """
+    levels = []
+    for cells, (stride, first, base) in zip(grids(size), LEVELS.values()):
+        centre = first + stride * torch.arange(cells, dtype=torch.float64)
+        y, x = torch.meshgrid(centre, centre, indexing='ij')
+        half = torch.tensor([(base * scale / math.sqrt(ratio) / 2, base * scale * math.sqrt(ratio) / 2)
+                             for ratio in RATIOS for scale in SCALES], dtype=torch.float64)             # (9, 2)
+        middle = torch.stack([x, y], dim=-1).view(-1, 1, 2)                             # (cells^2, 1, 2)
+        levels.append(torch.cat([middle - half, middle + half], dim=-1).view(-1, 4))
+    return torch.cat(levels).float()
+
+
+def encode(boxes, anchors):
+    """Boxes (n, 4) as seen from their anchors (n, 4): dx, dy in anchor sizes, log dw, log dh. (n, 4)"""
+    size, anchor = boxes[:, 2:] - boxes[:, :2], anchors[:, 2:] - anchors[:, :2]
+    shift = (boxes[:, 2:] + boxes[:, :2] - anchors[:, 2:] - anchors[:, :2]) / 2
+    return torch.cat([shift / anchor, torch.log(size / anchor)], dim=1)
+
+
+def decode(deltas, anchors):
+    """`encode` undone, in fp32: (n, 4), (n, 4) -> boxes (n, 4), no side more than 1000 / 16 times its anchor's."""
+    deltas, anchors = deltas.float(), anchors.float()
+    anchor = anchors[:, 2:] - anchors[:, :2]
+    middle = (anchors[:, 2:] + anchors[:, :2]) / 2 + deltas[:, :2] * anchor
+    half = anchor * deltas[:, 2:].clamp(max=math.log(1000 / 16)).exp() / 2
+    return torch.cat([middle - half, middle + half], dim=1)
+
+
+def intersection(a, b):
+    """Common area of boxes a (n, 4) and b (m, 4) -> (n, m)"""
+    low, high = torch.maximum(a[:, None, :2], b[None, :, :2]), torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    return (high - low).clamp_min(0).prod(-1)
+
+
+def area(boxes):
+    return (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+
+
+def iou(a, b):
+    """Intersection over union of boxes a (n, 4) and b (m, 4) -> (n, m), 0 where both are empty."""
+    common = intersection(a, b)
+    return common / (area(a)[:, None] + area(b)[None] - common).clamp_min(1e-12)
+
+
+def match(boxes, anchors, high=0.5, low=0.4):
+    """Which lesion each anchor answers for: boxes (G, 4), anchors (A, 4) -> (A,), its number, -1 for background (best
+    IoU below `low`), -2 for ignored (between).
+
+    The best anchors of a lesion are positive however low their IoU, each for the lesion that it fits best itself. A
+    box that overlaps no anchor matches none: without that clause its best IoU, 0, would be a tie of all of them.
+    """
+    if not len(boxes):
+        return torch.full((len(anchors),), -1, device=anchors.device)
+    overlap = iou(boxes, anchors)                                                       # (G, A)
+    best, lesion = overlap.max(0)
+    matched = torch.where(best >= high, lesion, torch.where(best < low, -1, -2))
+    most = overlap.max(1, keepdim=True).values
+    return torch.where(((overlap == most) & (most > 0)).any(0), lesion, matched)
+
+
+def nms(boxes, scores, iou=0.5, top=None):
+    """Non-maximum suppression: boxes (n, 4), scores (n,) -> the numbers of those kept, best first, at most `top`.
+    Every box that overlaps a kept one by more than `iou` goes."""
+    order, kept = torch.sort(scores, descending=True, stable=True).indices, []
+    while len(order) and len(kept) != top:
+        kept.append(order[0])
+        common = intersection(boxes[order[:1]], boxes[order])[0]
+        union = area(boxes[order[:1]]) + area(boxes[order]) - common
+        order = order[1:][(common / union.clamp_min(1e-12) <= iou)[1:]]
+    return torch.stack(kept) if kept else order
+
+
+# ---- the detector (DBT-DINO 6.2.3) ----------------------------------------------------------------------------------
+
+class Pyramid(nn.Module):
+    """The paper's neck: patch tokens (B, n n, D) -> four levels (B, C, cells, cells).
+
+    A simple pyramid, made of the last grid alone, and not a top-down FPN: that one carries meaning from coarse maps
+    down to fine ones, of which a plain ViT has none; its tokens mean the same at every depth of the pyramid.
+    """
+
+    def __init__(self, width, channels):
+        super().__init__()
+        self.reduce = nn.Linear(width, channels)            # a 1x1 convolution, before the tokens become a grid
+        self.p3, self.p4, self.p5 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
+        self.p6 = nn.Conv2d(channels, channels, 3, padding=1, stride=2)
+
+    def forward(self, tokens):
+        side = math.isqrt(tokens.shape[1])
+        x = self.reduce(tokens).transpose(1, 2).unflatten(2, (side, side))              # (B, C, n, n)
+        finer = F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=False)
+        p5 = self.p5(F.max_pool2d(x, 2))
+        return [self.p3(finer), self.p4(x), p5, self.p6(p5)]
+
+
+def tower(channels, outputs, dropout):
+    """Four times 3x3 convolution, GroupNorm, ReLU, dropout; then the 3x3 convolution that answers."""
+    layers = []
+    for i in range(4):
+        layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(32, channels), nn.ReLU(),
+                   nn.Dropout2d(dropout / 2 if i < 3 else dropout)]
+    return nn.Sequential(*layers, nn.Conv2d(channels, outputs, 3, padding=1))
+
+
+class Detector(nn.Module):
+    """Images (B, 1, S, S) in [0, 1] -> logits (B, A) and deltas (B, A, 4), in the order of `anchors`."""
+
+    def __init__(self, encoder, channels=256, dropout=0.1, freeze=True):
+        super().__init__()
+        self.encoder, self.freeze, shapes = encoder, freeze, len(RATIOS) * len(SCALES)
+        self.pyramid = Pyramid(encoder.config['width'], channels)
+        self.classify = tower(channels, shapes, dropout)
+        self.regress = tower(channels, 4 * shapes, dropout)
+        for layer in (*self.classify, *self.regress):
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.01)
+        nn.init.zeros_(self.regress[-1].bias)
+        nn.init.constant_(self.classify[-1].bias, -math.log((1 - 0.01) / 0.01))         # every anchor starts at 0.01
+        encoder.requires_grad_(not freeze)
+        encoder.mask_token.requires_grad_(False)            # nothing is masked here; DDP waits for every gradient
+
+    def train(self, mode=True):
+        """A frozen encoder stays in eval mode, whoever calls train()."""
+        super().train(mode)
+        self.encoder.train(mode and not self.freeze)
+        return self
+
+    def forward(self, images):
+        with contextlib.nullcontext() if not self.freeze else torch.no_grad():
+            tokens = self.encoder(images)[1]                                            # (B, N, D)
+        logits, deltas = [], []
+        for level in self.pyramid(tokens):                                              # (B, C, h, w)
+            logits.append(self.classify(level).permute(0, 2, 3, 1).flatten(1))          # (B, h w 9)
+            deltas.append(self.regress(level).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4)))     # (B, h w 9, 4)
+        return torch.cat(logits, 1), torch.cat(deltas, 1)
+
+    def learnt(self):
+        """state_dict without a frozen encoder's"""
+        return {k: v for k, v in self.state_dict().items() if not self.freeze or not k.startswith('encoder.')}
+
+    def load_learnt(self, state):
+        """What `learnt` gave; ValueError for anything else."""
+        if state.keys() != self.learnt().keys():
+            raise ValueError('these are weights of another detector')
+        self.load_state_dict(self.state_dict() | state)     # a frozen encoder stays as it is
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
+
+def focal_loss(logits, targets, alpha=0.25, gamma=2.0):
+    """Sum over anchors of -alpha_t (1 - p_t)^gamma log p_t (Lin 2017), from logits and in fp32. Of any shape; p_t and
+    alpha_t are linear in targets between 0 and 1. A negative alpha leaves the weights out."""
+    logits, targets = logits.float(), targets.float()
+    p = torch.sigmoid(logits)
+    p_t = p * targets + (1 - p) * (1 - targets)
+    alpha_t = alpha * targets + (1 - alpha) * (1 - targets) if alpha >= 0 else 1.0
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction='none')
+    return (alpha_t * (1 - p_t) ** gamma * cross_entropy).sum()
+
+
+def losses(cfg, logits, deltas, batch, anchors):
+    """Sums over a micro-batch: focal loss over all anchors but the ignored, smooth L1 (beta 0.1) over the positives.
+    logits (B, A), deltas (B, A, 4), batch['match'] (B, A) as `match` gives it, batch['boxes'] a list of (G, 4)."""
+    positive, counted = batch['match'] >= 0, batch['match'] != -2
+    focal = focal_loss(logits[counted], (1 - cfg.smoothing) * positive[counted], cfg.alpha, cfg.gamma)
+    wanted = [encode(boxes[m[p]], anchors[p]) for boxes, m, p in zip(batch['boxes'], batch['match'], positive)]
+    box = F.smooth_l1_loss(deltas[positive].float(), torch.cat(wanted), beta=0.1, reduction='sum')
+    return focal, box
+
+
+# ---- from answers to findings ---------------------------------------------------------------------------------------
+
+def boxes_of(logits, deltas, anchors, size, iou=0.1, top=50, per_level=500):
+    """One image's answers (A,), (A, 4) -> boxes (n, 4) inside the image and scores (n,), best first: the best
+    `per_level` of each level, decoded, clipped, and thinned out by `nms` over all levels. No score is too low: FROC
+    needs the tail."""
+    scores, kept, start = logits.float().sigmoid(), [], 0
+    for cells in grids(size):
+        end = start + len(RATIOS) * len(SCALES) * cells ** 2
+        kept.append(start + scores[start:end].topk(min(per_level, end - start)).indices)
+        start = end
+    kept = torch.cat(kept)
+    boxes, scores = decode(deltas[kept], anchors[kept]).clamp(0, size), scores[kept]
+    there = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    boxes, scores = boxes[there], scores[there]
+    kept = nms(boxes, scores, iou, top)
+    return boxes[kept], scores[kept]
+
+
+def findings(boxes, scores, slices, overlap=0.5, gap=1):
+    """Which boxes of a volume are one finding -> lists of their numbers, the best box first, best finding first, and
+    the first and last slice of each.
+
+    The best box that is left starts a finding; boxes that share at least `overlap` of the smaller area with it are at
+    its place. From its slice up and down, the finding reaches as far as boxes at its place with half its score or
+    more follow each other within `gap` slices, and takes every box at its place on those slices and `gap` beyond: a
+    lesion is seen at one place on neighbouring slices, most clearly in the middle. All is measured against the first
+    box, so no chain of boxes wanders away, and a place of faint boxes on every slice is not a long lesion.
+    """
+    boxes = torch.as_tensor(np.asarray(boxes, float)).view(-1, 4)
+    scores, slices = np.asarray(scores, float), np.asarray(slices, int)
+    left, groups = np.lexsort((slices, -scores)), []
+    while len(left):
+        first, here = left[0], slices[left]
+        smaller = torch.minimum(area(boxes[left]), area(boxes[left[:1]])).numpy()
+        near = intersection(boxes[left[:1]], boxes[left])[0].numpy() >= overlap * smaller
+        strong = np.unique(here[near & (scores[left] >= scores[first] / 2)])
+        low = high = here[0]
+        for z in strong[strong > high]:
+            high = z if z - high <= gap else high
+        for z in strong[strong < low][::-1]:
+            low = z if low - z <= gap else low
+        member = near & (here >= low - gap) & (here <= high + gap)
+        member[0] = True
+        groups.append((left[member], low, high))
+        left = left[~member]
+    return groups
+
+
+def merge_slices(boxes, scores, slices, overlap=0.5, gap=1):
+    """The boxes of all slices of a volume, boxes (n, 4), scores (n,), slices (n,) -> its `findings` as rows
+    x y w h z depth score (m, 7), best first: place and score of the best box, z the first and z + depth - 1 the last
+    slice."""
+    boxes, rows = np.asarray(boxes, float).reshape(-1, 4), []
+    for group, first, last in findings(boxes, scores, slices, overlap, gap):
+        x0, y0, x1, y1 = boxes[group[0]]
+        rows.append((x0, y0, x1 - x0, y1 - y0, first, last - first + 1, scores[group[0]]))
+    return np.array(rows, float).reshape(-1, 7)
+
+
+# ---- the score (DBTex challenge, and the two papers beside DBT-DINO) ------------------------------------------------
+
+@dataclass
+class Matched:
+    """Predictions against lesions, P and G of them, in V images or volumes."""
+    score: np.ndarray           # (P,)
+    lesion: np.ndarray          # (P,) the lesion that was hit, -1 for none
+    volume: np.ndarray          # (P,) number of the volume, -1 for one that is not listed
+    home: np.ndarray            # (G,) number of the volume of each lesion
+    best: np.ndarray            # (G,) the highest score that hit it, -inf for none
+    volumes: int                # V
+
+    def everywhere(self):
+        """Weight 1 for each volume, and for predictions in no listed volume, at -1: false positives all the same."""
+        return np.ones(self.volumes + 1)
+
+    def with_lesions(self, weight=None):
+        """The weights of the volumes that hold a lesion; 0 for the others and the unlisted."""
+        held = np.bincount(self.home, minlength=self.volumes + 1) > 0
+        return held * (self.everywhere() if weight is None else weight)
+
+
+def matched(volumes, truth, predictions, min_distance=100):
+    """The challenge's rule. volumes [id, slices], truth [id, x, y, w, h, slice], predictions [id, x, y, w, h, z, depth,
+    score], in pixels of the volume. -> Matched
+
+    A prediction hits the nearest lesion whose centre is at most max(half its diagonal, min_distance) away in the plane
+    and at most slices / 4 along z, where the prediction's centre is z + depth / 2. Nearest is the distance with pixels
+    and slices added alike. (The challenge's page says "less than", its code "at most".) Truth without a slice has no
+    rule along z, nor has a volume of infinitely many slices.
+    """
+    number, slices = {v[0]: i for i, v in enumerate(volumes)}, {v[0]: v[-1] for v in volumes}
+    lesions, hit = defaultdict(list), []
+    for g, row in enumerate(truth):
+        if row[0] not in number:
+            raise ValueError(f'a lesion lies in {row[0]}, which is not among the volumes')
+        lesions[row[0]].append(g)
+    for name, x, y, w, h, *depth, _ in predictions:
+        nearest, least = -1, math.inf
+        for g in lesions.get(name, ()):
+            _, gx, gy, gw, gh, *z = truth[g]
+            dx, dy = x + w / 2 - gx - gw / 2, y + h / 2 - gy - gh / 2
+            dz = depth[0] + depth[1] / 2 - z[0] if z else 0.0
+            reached = math.hypot(dx, dy) <= max(math.hypot(gw, gh) / 2, min_distance)
+            if reached and (not z or abs(dz) <= slices[name] / 4) and math.hypot(dx, dy, dz) < least:
+                nearest, least = g, math.hypot(dx, dy, dz)
+        hit.append(nearest)
+    score, hit = np.array([row[-1] for row in predictions], float), np.array(hit, int)
+    if np.isnan(score).any():
+        raise ValueError('a prediction without a score')
+    best = np.full(len(truth), -np.inf)
+    np.maximum.at(best, hit[hit >= 0], score[hit >= 0])
+    return Matched(score, hit, np.array([number.get(row[0], -1) for row in predictions], int),
+                   np.array([number[row[0]] for row in truth], int), best, len(volumes))
+
+
+def curve(m, weight, every=False):
+    """FROC: thresholds from high to low, false positives per volume and sensitivity at each, (n,) three times. Volumes
+    count `weight` (V + 1,) times, as in a bootstrap draw. The challenge's thresholds are the scores of hits, and one
+    above and one below all scores; `every` score is one for the step rule. Further hits on a lesion are neither true
+    nor false positives. No volume or no lesion gives NaN."""
+    seen = weight[m.volume] > 0
+    score, false, count = m.score[seen], m.lesion[seen] < 0, weight[m.volume[seen]]
+    edges = (score.min() - 1, score.max() + 1) if len(score) else (0.0,)
+    thresholds = np.unique(np.append(score if every else score[~false], edges))[::-1]
+
+    def above(values, weights):
+        order = np.argsort(values)
+        total = np.append(0, np.cumsum(weights[order]))
+        return total[-1] - total[np.searchsorted(values[order], thresholds)]
+
+    volumes, lesions = weight[:-1].sum(), weight[m.home].sum()
+    if not volumes or not lesions:
+        return thresholds, np.full(len(thresholds), np.nan), np.full(len(thresholds), np.nan)
+    return thresholds, above(score[false], count[false]) / volumes, above(m.best, weight[m.home]) / lesions
+
+
+def sensitivity(m, rates, weight):
+    """Sensitivity at these false positives per volume: linear between the points of the curve, held after the last."""
+    _, false_positives, found = curve(m, weight)
+    return np.interp(rates, false_positives, found)
+
+
+def froc(volumes, truth, predictions, min_distance=100):
+    """The challenge's numbers, keys as its evaluator has them: sensitivity at 1, 2, 3, 4 false positives per volume
+    over the volumes with a lesion, their mean, which ranks, and at 2 over all volumes. Rows as in `matched`. Without a
+    prediction all are 0; without a lesion they are not defined and NaN."""
+    m = matched(volumes, truth, predictions, min_distance)
+    at = sensitivity(m, [1, 2, 3, 4], m.with_lesions())
+    return dict(sensitivity_at_2_fps_all=float(sensitivity(m, 2, m.everywhere())),
+                **{f'sensitivity_at_{k}_fps_positive': float(s) for k, s in zip((1, 2, 3, 4), at)},
+                mean_sensitivity_positive=float(at.mean()))
+
+
+def fauc(images, truth, predictions, min_distance=100, x=1.0):
+    """FAUC-x (FFDM-SM paper): area under the FROC curve up to x false positives per image, divided by x. A step curve
+    over all scores, the last sensitivity held to x; the paper states none of this. images: ids, numbers or strings, or
+    rows that start with one; truth [id, x, y, w, h], predictions [id, x, y, w, h, score]; slices, where given, play no part."""
+    images = [(image if np.ndim(image) == 0 else image[0], math.inf) for image in images]
+    m = matched(images, [row[:5] for row in truth], predictions, min_distance)
+    return step_area(m, m.everywhere(), x)
+
+
+def step_area(m, weight, x=1.0):
+    _, false_positives, found = curve(m, weight, every=True)
+    return float((np.diff(np.append(np.minimum(false_positives, x), x)) * found).sum() / x)
+
+
+def caught(m, rate, weight):
+    """Which lesions are found at the lowest threshold with at most `rate` false positives per volume, bool (G,)."""
+    thresholds, false_positives, _ = curve(m, weight, every=True)
+    allowed = np.flatnonzero(false_positives <= rate)       # none where no volume counts
+    return m.best >= thresholds[allowed[-1]] if len(allowed) else np.zeros(len(m.best), bool)
+
+
+@dataclass
+class Overlapping:
+    """Predictions against lesions by IoU, best prediction first."""
+    right: np.ndarray           # (P,) bool: took a lesion that no better prediction had taken
+    volume: np.ndarray          # (P,)
+    home: np.ndarray            # (G,) volume of each lesion
+    first: dict                 # volume -> whether its best prediction fits any of its lesions
+
+
+def overlapping(truth, predictions, threshold, number):
+    """COCO's rule: by falling score, at most 100 in an image, each prediction takes of the free lesions the one it
+    overlaps most, if their IoU is at least `threshold`. Rows as in `fauc`; number: id -> number of the image."""
+    lesions, free, used, first = defaultdict(list), {}, defaultdict(int), {}
+    for row in truth:
+        lesions[row[0]].append((row[1], row[2], row[1] + row[3], row[2] + row[4]))
+    lesions = {name: torch.tensor(boxes, dtype=torch.float64) for name, boxes in lesions.items()}
+    right, volume = [], []
+    for name, x, y, w, h, *_ in sorted(predictions, key=lambda row: -row[-1]):
+        used[name] += 1
+        if used[name] > 100:
+            continue
+        fit = np.zeros(0)
+        if name in lesions:
+            fit = iou(torch.tensor([[x, y, x + w, y + h]], dtype=torch.float64), lesions[name])[0].numpy()
+            first.setdefault(number[name], bool((fit >= threshold).any()))
+            fit = np.where(free.setdefault(name, np.ones(len(fit), bool)), fit, -1)
+        taken = len(fit) > 0 and fit.max() >= threshold
+        if taken:
+            free[name][fit.argmax()] = False
+        right.append(taken)
+        volume.append(number.get(name, -1))
+    home = np.array([number[row[0]] for row in truth], int)
+    return Overlapping(np.array(right, bool), np.array(volume, int), home, first)
+
+
+def precision_area(o, weight):
+    """AP with 101 points: mean over recall 0, 0.01, … 1 of the best precision at that recall or beyond."""
+    count, lesions = weight[o.volume], weight[o.home].sum()
+    if not lesions:
+        return math.nan
+    hits, all_ = np.cumsum(count * o.right), np.maximum(np.cumsum(count), 1e-12)
+    best = np.append(np.maximum.accumulate((hits / all_)[::-1])[::-1], 0)
+    return float(best[np.searchsorted(hits / lesions, np.linspace(0, 1, 101))].mean())
+
+
+def average_precision(truth, predictions, iou):
+    """AP at this IoU. truth [id, x, y, w, h], predictions [id, x, y, w, h, score]; NaN without a lesion."""
+    number = {name: i for i, name in enumerate(dict.fromkeys(row[0] for row in (*truth, *predictions)))}
+    return precision_area(overlapping(truth, predictions, iou, number), np.ones(len(number) + 1))
+
+
+def localised(o, weight):
+    """Top-1 localisation: the share of images with a lesion whose best box fits one (IHRRB-DINO's baselines)."""
+    held = np.unique(o.home)
+    return float((weight[held] * [o.first.get(v, False) for v in held]).sum() / weight[held].sum()) \
+        if weight[held].sum() else math.nan
+
+
+# ---- statistics (DBT-DINO 2.5) --------------------------------------------------------------------------------------
+
+def mcnemar(a, b):
+    """McNemar's test of two models, a and b (n,) correct or not on the same cases -> p, two-sided. Exact below 25
+    discordant cases, chi-squared with continuity correction from there on; 1 for equal models."""
+    a, b = np.asarray(a, bool), np.asarray(b, bool)
+    first, second = int((a & ~b).sum()), int((b & ~a).sum())
+    if first + second < 25:
+        return float(min(1.0, 2 * stats.binom.cdf(min(first, second), first + second, 0.5)))
+    return float(stats.chi2.sf((abs(first - second) - 1) ** 2 / (first + second), 1))
+
+
+# ---- data sets: published layout -> volumes with lesions ------------------------------------------------------------
+
+@dataclass
+class Volume:
+    """A mammogram or a DBT volume. `key` is the challenge's: patient, study, view."""
+    key: tuple
+    path: str
+    split: str = ''                                         # train, val or test; '' lets `assign` choose
+    lesions: list = field(default_factory=list)             # (z, x0, y0, x1, y1, label), pixels of the file
+    laterality: str = ''                                    # L or R where the file may lie upside down (BCS-DBT)
+    normal: bool = True                                     # without lesions it may serve as a normal in training
+    shape: tuple | None = None                              # (K, H, W) of the file
+
+    @property
+    def patient(self):
+        return self.key[0]
+
+
+def lines_of(path, *columns):
+    """A CSV -> list of dicts, names and values stripped; ValueError where a column is missing, with what was found."""
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            lines = [line for line in csv.reader(file) if any(map(str.strip, line))]
+    except FileNotFoundError:
+        raise ValueError(f'{path}: no such file') from None
+    except (UnicodeDecodeError, csv.Error, IsADirectoryError) as problem:
+        raise ValueError(f'{path}: not a readable CSV in UTF-8 ({type(problem).__name__})') from None
+    header = [name.strip() for name in lines[0]] if lines else []
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; found {', '.join(header) or 'nothing'}")
+    return [dict(zip(header, (value.strip() for value in line + [''] * len(header)))) for line in lines[1:]]
+
+
+def number(line, name, path):
+    """A cell as a number; ValueError names file, column and what stands there."""
+    try:
+        value = float(line[name])
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f'{path}: {name} is {line[name]!r} in {dict(itertools.islice(line.items(), 3))}; expected a '
+                         'number')
+    return value
+
+
+BCS_VOLUMES = dict(train=19148, validation=1163, test=1721)
+BCS_COUNTS = dict(                                          # of the full set, by split
+    Normal=(18232, 928, 1356), Actionable=(716, 160, 244), Benign=(124, 38, 61), Cancer=(76, 37, 60),
+    boxes=(224, 75, 136), volumes_with_boxes=(200, 75, 121))
+
+
+def bcs(cfg):
+    """BCS-DBT (Duke, DBTex): BCS-DBT-{labels,boxes,file-paths}-{train,validation,test}*.csv beside the DICOM tree.
+    Slices count from 0. Actionable volumes, recalled but without a box, are no normals."""
+    volumes, found = {}, {}
+    for i, (part, total) in enumerate(BCS_VOLUMES.items()):
+        names = [sorted(Path(cfg.root).glob(f'BCS-DBT-{kind}-{part}*.csv')) for kind in (
+            'labels', 'boxes', 'file-paths')]
+        if not any(names):
+            continue
+        if not all(names):
+            raise ValueError(f'{cfg.root}: BCS-DBT-labels, -boxes and -file-paths-{part}*.csv belong together; not all '
+                             'are there')
+        labels, boxes, paths = (of[-1] for of in names)     # -v2 comes after the first edition
+        files = {bcs_key(line): line for line in lines_of(paths, *KEY, 'descriptive_path', 'classic_path')}
+        count = dict.fromkeys(BCS_COUNTS, 0)
+        split = 'val' if part == 'validation' else part
+        for line in lines_of(labels, *KEY, 'Normal', 'Actionable', 'Benign', 'Cancer'):
+            key = bcs_key(line)
+            if key not in files:
+                raise ValueError(f"{paths}: no row for {'/'.join(key)}, which {labels.name} lists")
+            for name in ('Normal', 'Actionable', 'Benign', 'Cancer'):
+                count[name] += line[name] == '1'
+            volumes[key] = Volume(key, bcs_file(cfg, files[key]), split, laterality=key[2][:1].upper(),
+                                  normal=line['Normal'] == '1')
+        for line in lines_of(boxes, *KEY, 'Slice', 'X', 'Y', 'Width', 'Height', 'Class'):
+            if bcs_key(line) not in volumes:
+                raise ValueError(f"{boxes}: a box in {'/'.join(bcs_key(line))}, which {labels.name} does not list")
+            z, x, y, w, h = (number(line, name, boxes) for name in ('Slice', 'X', 'Y', 'Width', 'Height'))
+            volumes[bcs_key(line)].lesions.append((int(z), x, y, x + w, y + h, line['Class']))
+        mine = [volume for volume in volumes.values() if volume.split == split]
+        count |= dict(boxes=sum(len(v.lesions) for v in mine), volumes_with_boxes=sum(bool(v.lesions) for v in mine))
+        wrong = [f'{name} {count[name]}, not {of[i]}' for name, of in BCS_COUNTS.items() if count[name] != of[i]]
+        if len(mine) == total and wrong:
+            raise ValueError(f"{cfg.root}: the full {part} set, but {', '.join(wrong)}; download the CSVs again")
+        found[part] = f'{part} {len(mine):,} of {total:,}'
+    if not found:
+        raise ValueError(f'{cfg.root}: no BCS-DBT-labels-*.csv; expected those of the BCS-DBT archive')
+    return list(volumes.values()), [f"volumes of the official set: {', '.join(found.values())}"]
+
+
+KEY = ('PatientID', 'StudyUID', 'View')
+
+
+def bcs_key(line):
+    return tuple(line[name] for name in KEY)
+
+
+def bcs_file(cfg, line):
+    """The DICOM file of a row of file-paths: a file, or the only one in the folder of its series."""
+    for place in (line['classic_path'], line['descriptive_path']):
+        path = Path(cfg.root, place)
+        if place and path.is_dir():
+            return str(next(iter(sorted(path.glob('*.dcm'))), path))
+        if place and path.is_file():
+            return str(path)
+    return str(Path(cfg.root, line['classic_path']))
+
+
+def vindr(cfg):
+    """VinDr-Mammo: finding_annotations.csv, images/<study>/<image>.dicom, official split. The label of a box is its
+    first category."""
+    path, images = Path(cfg.root) / 'finding_annotations.csv', {}
+    for line in lines_of(path, 'study_id', 'image_id', 'laterality', 'view_position', 'finding_categories', 'xmin',
+                         'ymin', 'xmax', 'ymax', 'split'):
+        key = (line['study_id'], line['image_id'], line['laterality'] + line['view_position'])
+        file = f"{cfg.root}/images/{line['study_id']}/{line['image_id']}.dicom"
+        volume = images.setdefault(key, Volume(key, file, line['split'].removesuffix('ing')))
+        if line['xmin']:
+            label = (re.findall("'([^']+)'", line['finding_categories']) or ['lesion'])[0]
+            volume.lesions.append((0, *(number(line, name, path) for name in ('xmin', 'ymin', 'xmax', 'ymax')), label))
+    return list(images.values()), []
+
+
+def cbis(cfg):
+    """CBIS-DDSM: {mass,calc}_case_description_{train,test}_set.csv, one row per abnormality, official split; its box is
+    that of its ROI mask. Mask and crop are swapped in part of the rows, so the mask is told by its pixels: of the
+    files of both columns the largest that holds two values. A mask of another size is scaled, one of another shape
+    leaves the film out, with a note. A patient in training and test keeps the test films."""
+    films, places, notes = defaultdict(list), defaultdict(list), []
+    for path in sorted(Path(cfg.root).glob('????_case_description_*_set.csv')):
+        for line in lines_of(path, 'patient_id', 'left or right breast', 'image view', 'abnormality id', 'pathology',
+                             'image file path', 'cropped image file path', 'ROI mask file path'):
+            split = path.stem.split('_')[3]
+            films[split, line['patient_id'], line['left or right breast'][:1].upper(), line['image view']].append(line)
+    if not films:
+        raise ValueError(f'{cfg.root}: none of the four CSVs of CBIS-DDSM, such as mass_case_description_train_set.csv')
+    for file in mask.listing(cfg.root):
+        for part in Path(file).parts[:-1]:
+            places[part].append(file)                       # by folder and by series UID; the others changed
+
+    def files(cell):
+        folder, _, series, *_ = (part.strip('" \n') for part in (cell + '///').split('/'))
+        return places.get(folder) or places.get(series) or []
+
+    volumes = []
+    for (split, patient, side, view), found in tqdm(films.items(), desc='reading ROI masks', unit='film', delay=2):
+        film = next(iter(files(found[0]['image file path'])), f"{cfg.root}/{found[0]['image file path'].split('/')[0]}")
+        key = (patient, Path(found[0]['image file path'].split('/')[0]).name, side + view)
+        volume = Volume(key, film, split)
+        try:
+            volume.shape = mask.shape(film)
+            for line in found:
+                rois = {*files(line['ROI mask file path']), *files(line['cropped image file path'])}
+                label = 'cancer' if line['pathology'] == 'MALIGNANT' else 'benign'
+                volume.lesions.append((0, *roi_box(sorted(rois), volume.shape[1:]), label))
+        except (ValueError, OSError) as problem:
+            if os.path.exists(film):
+                notes.append(f'{key[1]} takes no part: {problem}')
+                continue
+            volume.lesions = [(0, 0, 0, 1, 1, '')] * len(found)             # `present` counts what a missing film held
+        volumes.append(volume)
+    test = {volume.patient for volume in volumes if volume.split == 'test'}
+    both = sorted({volume.patient for volume in volumes if volume.split == 'train'} & test)
+    if both:
+        notes.append(f"{len(both)} patients are in training and test; their training films take no part: "
+                     f"{', '.join(both)}")
+    return [v for v in volumes if v.split == 'test' or v.patient not in both], notes
+
+
+def roi_box(files, shape):
+    """The box of the mask among these files, in the pixels of a film of shape (H, W)."""
+    sizes = {file: mask.shape(file)[1:] for file in files}
+    for file in sorted(files, key=lambda file: -math.prod(sizes[file])):
+        roi = mask.read(file)
+        if np.isin(roi, (0, 255)).all() and roi.any():
+            piece, pieces = ndimage.label(roi)
+            y, x = ndimage.find_objects(piece)[np.bincount(piece.ravel())[1:].argmax()]
+            down, across = np.array(shape) / roi.shape
+            if abs(down / across - 1) > 0.02:
+                raise ValueError(f'its ROI mask is {roi.shape[1]}x{roi.shape[0]}, the film {shape[1]}x{shape[0]}, '
+                                 'another aspect')
+            return x.start * across, y.start * down, x.stop * across, y.stop * down
+    raise ValueError(f'none of {len(files)} ROI files is a mask of two values')
+
+
+def mias(cfg):
+    """mini-MIAS: Info.txt and mdb001 … mdb322; circles become squares, y counts from the bottom. mdb001 and mdb002
+    are one patient. Abnormal films without a circle are neither normal nor located: they take no part, with a note."""
+    info, films, unplaced = Path(cfg.root) / 'Info.txt', {}, set()
+    if not info.exists():
+        raise ValueError(f'{info}: no such file; --root is the folder that holds it')
+    files = {Path(path).stem: path for path in mask.listing(cfg.root)}
+    for line in info.read_text(errors='replace').splitlines():
+        found = re.match(r'(mdb\d{3}) +[FGD] +(\w+)(?: +([BM])\b)?(?: +(\d+) +(\d+) +(\d+))?', line)
+        if not found:
+            continue
+        film, kind, severity, *circle = found.groups()
+        pair = f'{(int(film[3:]) + 1) // 2:03d}'
+        volume = films.setdefault(film, Volume((pair, film, 'MLO'), files.get(film, f'{cfg.root}/{film}.pgm')))
+        if circle[0]:
+            x, y, radius = map(int, circle)
+            volume.lesions.append((0, x - radius, 1024 - y - radius, x + radius, 1024 - y + radius,
+                                   'cancer' if severity == 'M' else 'benign'))
+        elif kind != 'NORM':
+            unplaced.add(film)
+    notes = [f"abnormal films without a place of it take no part: {', '.join(sorted(unplaced))}"] if unplaced else []
+    return [volume for film, volume in films.items() if film not in unplaced], notes
+
+
+def listed(cfg):
+    """A CSV of your own, at --root or as lesions.csv in it, one row per lesion: path (from the CSV's folder), frame
+    (from 0, blank: 0), x0, y0, x1, y1 (pixels of the file; all blank: nothing here), label, volume (its name, by
+    default the path), patient (by default the volume), split (train, val, test or blank throughout)."""
+    path = Path(cfg.root) / 'lesions.csv' if os.path.isdir(cfg.root) else Path(cfg.root)
+    volumes, edges = {}, ('x0', 'y0', 'x1', 'y1')
+    for line in lines_of(path, 'path', *edges):
+        name = line.get('volume') or line['path']
+        key = (line.get('patient') or name, line.get('study') or name, line.get('view', ''))
+        file = os.path.join(path.parent, line['path'])
+        split = line.get('split', '')
+        volume = volumes.setdefault(name, Volume(key, file, split, laterality=line.get('laterality', ''),
+                                                 normal=line.get('normal', '1') != '0'))
+        if (volume.path, volume.split, volume.key) != (file, split, key):
+            raise ValueError(f'{path}: volume {name} has rows with different paths, patients or splits')
+        if any(line[edge] for edge in edges):
+            box = (number(line, edge, path) for edge in edges)
+            z = number(line, 'frame', path) if line.get('frame') else 0
+            if z != int(z):
+                raise ValueError(f'{path}: frame {z} of {name} is no whole number')
+            volume.lesions.append((int(z), *box, line.get('label') or 'lesion'))
+    splits = {volume.split for volume in volumes.values()}
+    if splits - {'train', 'val', 'test'} and splits != {''}:
+        found = ', '.join(sorted(map(repr, splits)))
+        raise ValueError(f'{path}: splits {found}; expected train, val and test, or none at all')
+    return list(volumes.values()), []
+
+
+DATASETS = dict(bcs=bcs, vindr=vindr, cbis=cbis, mias=mias, csv=listed)
+
+
+def load(cfg):
+    """-> volumes with splits and checked boxes, notes: what was left out and why, one sentence each."""
+    volumes, notes = DATASETS[cfg.dataset](cfg)
+    volumes = present(cfg, volumes, notes)
+    if cfg.findings:
+        kept = [[lesion for lesion in v.lesions if lesion[-1] in cfg.findings] for v in volumes]
+        dropped = sum(len(v.lesions) for v in volumes) - sum(map(len, kept))
+        notes.append(f"lesions other than {', '.join(cfg.findings)} do not count, and their images are no normals: "
+                     f'{dropped}')
+        volumes = [replace(v, lesions=k, normal=v.normal and len(k) == len(v.lesions)) for v, k in zip(volumes, kept)]
+    check_boxes(volumes, notes)
+    return assign(cfg, volumes, notes), notes
+
+
+def present(cfg, volumes, notes):
+    """The volumes whose file is there; the others are named, and too many of them are an error."""
+    absent = [v for v in volumes if not os.path.isfile(v.path)]
+    if absent:
+        told = (f"{len(absent)} of {len(volumes)} files are not there, with {sum(len(v.lesions) for v in absent)} "
+                f'lesions; the first: {absent[0].path}')
+        if len(absent) > cfg.max_bad * len(volumes):
+            raise ValueError(f'{told}; --max_bad is {cfg.max_bad}. Is --root the right folder?')
+        notes.append(f'{told}; they take no part')
+    gone = {id(v) for v in absent}
+    return [v for v in volumes if id(v) not in gone]
+
+
+def check_boxes(volumes, notes):
+    """Every box has an area, lies on a frame that exists, and meets the image; ValueError for the first that does not.
+    Those that stick out are counted."""
+    out = 0
+    for v in tqdm([v for v in volumes if v.lesions], desc='reading headers', unit='file', delay=2):
+        v.shape = K, H, W = v.shape or mask.shape(v.path)
+        for z, x0, y0, x1, y1, _ in v.lesions:
+            box = f"{v.path}: the box {x0:g} {y0:g} {x1:g} {y1:g} on frame {z}"
+            if x1 <= x0 or y1 <= y0:
+                raise ValueError(f'{box} has no area; expected x0 < x1 and y0 < y1')
+            if not 0 <= z < K:
+                raise ValueError(f'{box}: the file has frames 0 to {K - 1}')
+            if x1 <= 0 or y1 <= 0 or x0 >= W or y0 >= H:
+                raise ValueError(f'{box} lies outside the image, {W}x{H}')
+            out += x0 < 0 or y0 < 0 or x1 > W or y1 > H
+    if out:
+        notes.append(f'{out} boxes stick out of their image; they count as they are, training sees what is inside')
+
+
+def assign(cfg, volumes, notes):
+    """Official splits stay. Without a test set a fifth of the patients becomes one, without a validation set a fifth of
+    the rest, those with lesions and those without alike, by seed and name."""
+    splits = defaultdict(set)
+    for v in volumes:
+        splits[v.patient].add(v.split)
+    leaks = sorted(patient for patient, of in splits.items() if len(of) > 1)
+    if leaks:
+        raise ValueError(f"{len(leaks)} patients are in two splits, the first: {leaks[0]} in "
+                         f"{' and '.join(sorted(splits[leaks[0]]))}")
+    for split, free in (('test', ''), ('val', 'train')):
+        if not any(v.split == split for v in volumes):
+            pool, ill = [v for v in volumes if v.split == free], defaultdict(bool)
+            for v in pool:
+                ill[v.patient] |= bool(v.lesions)
+            order = sorted(ill, key=lambda name: hashlib.sha256(f'{cfg.seed} {name}'.encode()).digest())
+            taken = {name for sick in (True, False) for group in [[n for n in order if ill[n] == sick]]
+                     for name in group[:round(0.2 * len(group))]}
+            for v in pool:
+                v.split = split if v.patient in taken else 'train'
+    for split in ('train', 'val', 'test'):
+        if not any(v.lesions for v in volumes if v.split == split):
+            raise ValueError('; '.join([f'the {split} split holds no lesion', *notes]))
+    return volumes
+
+
+# ---- files -> samples -----------------------------------------------------------------------------------------------
+
+def prepared(cfg, path):
+    """Where a file of --root is read from: below --images under the name `mask.py prepare` gave it, or where it is."""
+    if not cfg.images:
+        return path
+    root = cfg.root if os.path.isdir(cfg.root) else os.path.dirname(cfg.root) or '.'
+    mirror = Path(cfg.images, os.path.relpath(path, root))
+    return str(next((p for p in (mirror, mirror.with_suffix('.npy'), Path(f'{mirror}.npy')) if p.exists()), mirror))
+
+
+def upright(image, laterality):
+    """BCS-DBT's rule for volumes stored upside down: the breast lies at the brighter of the left and right columns; on
+    the other side than `laterality` (L or R) says, it wants a turn by 180 degrees, not a mirror."""
+    seen = 'R' if image[:, 0].sum(dtype=np.int64) < image[:, -1].sum(dtype=np.int64) else 'L'
+    return image if laterality in ('', seen) else image[::-1, ::-1]
+
+
+class Frames(Dataset):
+    """(number of the volume, frame) -> that frame, upright, squashed to (S, S), with the size of the file's; for
+    training (number, frame or None for a normal one, epoch, index), and augmented, with boxes and matches. A file that
+    cannot be read gives its reason instead."""
+
+    def __init__(self, cfg, volumes):
+        self.cfg, self.volumes, self.anchors, self.turned = cfg, volumes, anchors(cfg.size), {}
+
+    def __len__(self):
+        return len(self.volumes)
+
+    def __getitem__(self, item):
+        try:
+            return self.plain(*item) if len(item) == 2 else self.augmented(*item)
+        except (ValueError, OSError) as problem:
+            return str(problem)
+
+    def read(self, v, z):
+        """One frame in the orientation of its boxes, after CLAHE; of prepared .npy that is done (MammoDINO 3.1). Upside
+        down is decided on frame 0, once for a volume."""
+        side, path = self.volumes[v].laterality, prepared(self.cfg, self.volumes[v].path)
+        if side and v not in self.turned:
+            first = mask.read(path, 0)
+            self.turned[v] = upright(first, side) is not first
+        image = mask.read(path, z)
+        image = image[::-1, ::-1] if self.turned.get(v) else image
+        image = image if path.lower().endswith('.npy') else mask.clahe(np.ascontiguousarray(image))
+        squashed = Image.fromarray(image).resize((self.cfg.size,) * 2, Image.Resampling.BICUBIC)
+        return np.asarray(squashed), image.shape
+
+    def plain(self, v, z):
+        image, shape = self.read(v, z)
+        if self.cfg.images:
+            shape = mask.shape(self.volumes[v].path)[1:]
+        return dict(volume=v, frame=z, image=image, shape=shape)
+
+    def augmented(self, v, z, epoch, index):
+        rng, volume = np.random.default_rng([self.cfg.seed, epoch, index]), self.volumes[v]
+        K, H, W = volume.shape or mask.shape(volume.path)
+        if z is None:
+            away = far_from_lesions(volume, K)
+            z = away[rng.integers(len(away))]
+        image, _ = self.read(v, z)
+        boxes = on_frame(volume, z, (H, W), self.cfg.size)
+        if self.cfg.augment:
+            image, boxes = augment(rng, image, boxes)
+        boxes = torch.from_numpy(boxes).float()
+        return dict(image=image, boxes=boxes, match=match(boxes, self.anchors, self.cfg.high, self.cfg.low))
+
+
+def marked(volume):
+    """Its annotated frames"""
+    return sorted({lesion[0] for lesion in volume.lesions})
+
+
+def far_from_lesions(volume, K):
+    """Frames that count as normal: a lesion is marked on one slice and reaches beyond it, so nothing within K / 4, the
+    challenge's own reach."""
+    return [z for z in range(K) if all(abs(z - lesion[0]) > K / 4 for lesion in volume.lesions)]
+
+
+def on_frame(volume, z, shape, size):
+    """The boxes of one frame in the pixels of the squashed image, cut at its borders: (G, 4)."""
+    H, W = shape
+    boxes = np.array([lesion[1:5] for lesion in volume.lesions if lesion[0] == z], float).reshape(-1, 4)
+    return (boxes * np.array([size / W, size / H] * 2)).clip(0, size)
+
+
+def augment(rng, image, boxes):
+    """Training augmentation of 6.2.3 on a uint8 image (S, S) and its boxes (G, 4); lengths are those of 518 pixels.
+
+    Each flip with p = .5; zoom by 0.8 to 1.5 (p = .5), with all boxes whole and 15 to 206 wide, 9 to 182 high, or not
+    at all; 15 to 20 black rectangles with sides of 20 to 40, off the boxes (p = .3); gamma 0.8 to 1.2 (p = .3); noise
+    of sigma 0.05 (p = .3).
+    """
+    S, unit = len(image), len(image) / 518
+    if rng.random() < 0.5:
+        image, boxes = image[:, ::-1], np.stack([S - boxes[:, 2], boxes[:, 1], S - boxes[:, 0], boxes[:, 3]], axis=1)
+    if rng.random() < 0.5:
+        image, boxes = image[::-1], np.stack([boxes[:, 0], S - boxes[:, 3], boxes[:, 2], S - boxes[:, 1]], axis=1)
+    window = zoom_window(rng, S, boxes, unit) if rng.random() < 0.5 else None
+    if window is not None:
+        x, y, side = window
+        scale = side / S
+        image = np.asarray(Image.fromarray(image).transform((S, S), Image.Transform.AFFINE, (scale, 0, x, 0, scale, y),
+                                                            Image.Resampling.BICUBIC))
+        boxes = (boxes - [x, y, x, y]) / scale
+    if rng.random() < 0.3:
+        image = image.copy()
+        for _ in range(rng.integers(15, 21)):
+            w, h = (max(1, round(unit * side)) for side in rng.uniform(20, 40, 2))
+            x, y = int(rng.integers(S - w + 1)), int(rng.integers(S - h + 1))
+            clear = (boxes[:, 0] >= x + w) | (boxes[:, 2] <= x) | (boxes[:, 1] >= y + h) | (boxes[:, 3] <= y)
+            if clear.all():
+                image[y:y + h, x:x + w] = 0
+    if rng.random() < 0.3:
+        table = 255 * np.linspace(0, 1, 256) ** rng.uniform(0.8, 1.2)
+        image = np.uint8(table.round())[image]
+    if rng.random() < 0.3:
+        noisy = image + 255 * 0.05 * rng.standard_normal(image.shape, np.float32)
+        image = np.uint8(noisy.clip(0, 255).round())
+    return np.ascontiguousarray(image), boxes
+
+
+def zoom_window(rng, S, boxes, unit, tries=10):
+    """The square x, y, side of the image that is to fill it; beyond the image it shows black. None where no try keeps
+    every box whole and within its limits."""
+    for _ in range(tries):
+        side = S / rng.uniform(0.8, 1.5)
+        sizes = (boxes[:, 2:] - boxes[:, :2]) * S / side
+        low, high = np.full(2, min(0, S - side)), np.full(2, max(0, S - side))
+        if len(boxes):
+            low, high = np.maximum(low, boxes[:, 2:].max(0) - side), np.minimum(high, boxes[:, :2].min(0))
+        fits = (sizes >= np.array([15, 9]) * unit) & (sizes <= np.array([206, 182]) * unit)
+        if fits.all() and (low <= high).all():
+            return *rng.uniform(low, high), side
+
+
+def collate(size, samples):
+    """Samples of a micro-batch -> images (B, S, S), boxes, matches (B, A), and how many could not be read: those are
+    named, and where nothing is left a black image stands in that every anchor ignores."""
+    good = [sample for sample in samples if isinstance(sample, dict)]
+    for reason in samples:
+        if isinstance(reason, str):
+            tqdm.write(f'skipped: {reason}', file=sys.stderr)
+    ignored = torch.full((len(anchors(size)) if not good else 0,), -2)
+    kept = good or [dict(image=np.zeros((size, size), np.uint8), boxes=torch.zeros(0, 4), match=ignored)]
+    return dict(images=torch.from_numpy(np.stack([sample['image'] for sample in kept])),
+                boxes=[sample['boxes'] for sample in kept], match=torch.stack([sample['match'] for sample in kept]),
+                count=len(samples), bad=len(samples) - len(good))
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+def normals(volumes):
+    """Numbers of the volumes that have a frame to serve as normal."""
+    return [v for v, volume in enumerate(volumes) if volume.normal and (
+        not volume.lesions or far_from_lesions(volume, volume.shape[0]))]
+
+
+def plan(cfg, volumes, start, rank, ranks):
+    """-> steps per epoch, and this rank's micro-batches of all epochs from `start` on, lists of items of `Frames`. An
+    epoch is every annotated slice and --normals as many normal ones, shuffled and filled up to whole batches, the
+    same however many ranks share them."""
+    ill, well = [(v, z) for v, volume in enumerate(volumes) for z in marked(volume)], normals(volumes)
+    wanted = round(cfg.normals * len(ill)) if well else 0
+    steps = math.ceil((len(ill) + wanted) / cfg.batch)
+
+    def generate():
+        for epoch in range(start, cfg.epochs):
+            rng = np.random.default_rng([cfg.seed, epoch])
+            healthy = [v for _ in range(math.ceil(wanted / max(len(well), 1))) for v in rng.permutation(well)]
+            items = ill + [(int(v), None) for v in healthy[:wanted]]
+            order = np.resize(rng.permutation(len(items)), (steps, cfg.batch))
+            for step, batch in enumerate(order):
+                mine = [(*items[i], epoch, step * cfg.batch + j) for j, i in enumerate(batch)][rank::ranks]
+                yield from (mine[i:i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch))
+
+    return steps, generate()
+
+
+def pixels(images, device):
+    """uint8 (B, S, S) -> float (B, 1, S, S) in [0, 1]; bytes travel."""
+    return images.to(device, non_blocking=True).unsqueeze(1).float() / 255
+
+
+def autocast(cfg, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if cfg.amp is None else cfg.amp)
+
+
+def train(cfg, volumes, device, out):
+    """Epochs until the patience ends; the best by validation counts. -> the detector with its weights, and
+    dict(score, epoch, threshold, weights). OUT/last.pt holds what an exact continuation needs, OUT/log.jsonl a line an
+    epoch."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    parts = {split: [v for v in volumes if v.split == split] for split in ('train', 'val')}
+    detector = build(cfg).to(device)
+    groups = vit.param_groups(detector, cfg.lr, cfg.wd, cfg.layer_decay)
+    groups = [group | dict(params=[p for p in group['params'] if p.requires_grad]) for group in groups]
+    optimizer = torch.optim.AdamW([group for group in groups if group['params']])
+    start, best = restore(cfg, out, detector, optimizer) if cfg.resume and (out / 'last.pt').exists() else (0, dict(
+        score=-1.0, epoch=-1, threshold=0.5, weights=copied(detector)))
+
+    per_epoch, items = plan(cfg, parts['train'], start, rank, ranks)
+    steps, accumulate = cfg.epochs * per_epoch, math.ceil(cfg.batch // ranks / cfg.micro_batch)
+    batches = iter(DataLoader(Frames(cfg, parts['train']), batch_sampler=items, num_workers=cfg.workers,
+                              collate_fn=partial(collate, cfg.size)))
+    ddp = nn.parallel.DistributedDataParallel(detector, device_ids=[device] if device.type == 'cuda' else None)
+    places, seen, bad = anchors(cfg.size).to(device), 0, 0
+    bar = tqdm(total=steps, initial=start * per_epoch, unit='step', disable=rank > 0)
+    for epoch in range(start, cfg.epochs):
+        if epoch - best['epoch'] > cfg.patience:
+            break
+        began, sums = time.time(), torch.zeros(3, device=device)
+        detector.train()
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]))    # dropout
+            for group in optimizer.param_groups:
+                group['lr'] = group['lr_scale'] * cosine(step, steps, cfg.lr, 1e-6, warmup=min(100, steps // 10))
+            micro = [next(batches) for _ in range(accumulate)]
+            seen, bad = seen + sum(batch['count'] for batch in micro), bad + sum(batch['bad'] for batch in micro)
+            if seen >= 100 and bad > cfg.max_bad * seen:
+                raise ValueError(f'{bad} of {seen} training images are unusable, --max_bad is {cfg.max_bad}; names are '
+                                 'above')
+            positives = torch.tensor(float(sum((batch['match'] >= 0).sum() for batch in micro)), device=device)
+            dist.all_reduce(positives)
+            for i, batch in enumerate(micro):
+                with contextlib.nullcontext() if i == accumulate - 1 else ddp.no_sync():
+                    with autocast(cfg, device):
+                        answers = ddp(pixels(batch['images'], device))
+                    terms = torch.stack(losses(cfg, *answers, batch, places)) / positives.clamp_min(1)
+                    loss = cfg.ratio * terms[0] + terms[1]
+                    (ranks * loss).backward()               # DDP takes the mean over ranks, the loss is their sum
+                sums += torch.stack([loss, *terms]).detach()
+            norm = nn.utils.clip_grad_norm_(detector.parameters(), cfg.clip)
+            if not math.isfinite(norm):
+                raise ValueError(f'step {step}: the gradient is not finite; choose another --out and a lower --lr')
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+
+        dist.all_reduce(sums)
+        score, threshold = validated(cfg, detector, parts['val'], device)
+        if score > best['score']:
+            best = dict(score=score, epoch=epoch, threshold=threshold, weights=copied(detector))
+        line = dict(epoch=epoch, **dict(zip(('loss', 'focal', 'box'), (sums / per_epoch).tolist())), validation=score,
+                    best=best['score'], best_epoch=best['epoch'],
+                    images_per_s=cfg.batch * per_epoch / (time.time() - began))
+        bar.set_postfix({k: f'{line[k]:.3f}' for k in ('loss', 'validation', 'best')})
+        if rank == 0:
+            keep(cfg, out, detector, optimizer, epoch + 1, best)
+            with open(out / 'log.jsonl', 'a') as file:
+                file.write(json.dumps(line) + '\n')
+    bar.close()
+    detector.load_learnt(best['weights'])
+    if rank == 0 and not (out / 'last.pt').exists():        # --epochs 0
+        keep(cfg, out, detector, optimizer, 0, best)
+    dist.barrier()
+    return detector, best
+
+
+def copied(detector):
+    return {k: v.detach().cpu().clone() for k, v in detector.learnt().items()}
+
+
+def build(cfg):
+    """The detector at its start: --encoder, or random weights of its shape, whose LayerScale is 1 (at DINOv2's 1e-5
+    every block would be the identity)."""
+    if os.path.isfile(cfg.encoder):
+        encoder = vit.load(cfg.encoder)
+    elif cfg.encoder == Config.encoder:
+        encoder = vit.ViT(**SMALL)
+    else:
+        raise ValueError(f'{cfg.encoder}: no such file; --encoder takes a last.pt of pretrain.py or the official '
+                         'DINOv2 file')
+    if encoder.patch != 14:
+        raise ValueError(f'{cfg.encoder}: its patches are {encoder.patch} pixels wide; pyramid and anchors are laid '
+                         'out for 14')
+    torch.manual_seed(cfg.seed)
+    if cfg.random_encoder or not os.path.isfile(cfg.encoder):
+        encoder = vit.ViT(**encoder.config, layerscale=1.0)
+    return Detector(encoder.eval(), cfg.channels, cfg.dropout, cfg.freeze)
+
+
+SMALL = dict(size=84, width=128, depth=4, heads=4)          # the demo of pretrain.py
+
+
+def keep(cfg, out, detector, optimizer, epoch, best):
+    """OUT/last.pt: the best weights for use, and the current ones and the optimizer for an exact continuation."""
+    encoder = detector.encoder.state_dict() if cfg.freeze else {
+        k.removeprefix('encoder.'): v for k, v in best['weights'].items() if k.startswith('encoder.')}
+    save(out / 'last.pt', dict(config=asdict(cfg), vit=detector.encoder.config, epoch=epoch, best=best,
+                               teacher={f'backbone.{k}': v.cpu() for k, v in encoder.items()},
+                               detector=copied(detector), optimizer=optimizer.state_dict()))
+
+
+def restore(cfg, out, detector, optimizer):
+    """-> the epoch to go on with, and the best so far. A changed recipe is refused."""
+    path = out / 'last.pt'
+    free = {'resume', 'root', 'images', 'out', 'encoder', 'workers', 'max_bad', 'draws', 'min_distance', 'top',
+            'overlap', 'gap'}
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        changed = [f"{k} {state['config'].get(k)} -> {v}" for k, v in asdict(cfg).items()
+                   if k not in free and state['config'].get(k) != v]
+        if not changed:
+            if cfg.freeze:
+                detector.encoder.load_state_dict({k.removeprefix('backbone.'): v for k, v in state['teacher'].items()})
+            detector.load_learnt(state['detector'])
+            optimizer.load_state_dict(state['optimizer'])
+        epoch, best = state['epoch'], state['best']
+    except Exception as problem:
+        raise ValueError(f'{path}: not a checkpoint of this script ({type(problem).__name__}); remove it to start '
+                         'afresh') from problem
+    if changed:
+        raise ValueError(f"{path} is the run of another recipe: {', '.join(changed)}; choose another --out")
+    return epoch, best
+
+
+def validated(cfg, detector, volumes, device):
+    """Mean sensitivity at 1 to 5 false positives per image over the annotated validation slices and as many normal
+    ones; hits within max(half the diagonal, 20 pixels of 518) (6.2.3). -> it, and the score at 1 false positive."""
+    items, truth = [(v, z) for v, volume in enumerate(volumes) for z in marked(volume)], []
+    for v in normals(volumes)[:round(cfg.normals * len(items))]:
+        away = far_from_lesions(volumes[v], (volumes[v].shape or mask.shape(volumes[v].path))[0])
+        items.append((v, away[len(away) // 2]))
+    for v, z in items:
+        if volumes[v].lesions:
+            for x0, y0, x1, y1 in on_frame(volumes[v], z, volumes[v].shape[1:], cfg.size):
+                truth.append(((v, z), x0, y0, x1 - x0, y1 - y0))
+    mine = [((v, z), *row) for v, z, boxes, scores, _ in detected(
+        cfg, detector, volumes, items[dist.get_rank()::dist.get_world_size()], device)
+        for row in np.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores]).tolist()]
+    m = matched([(item, math.inf) for item in items], truth, gathered(mine), min_distance=20 * cfg.size / 518)
+    thresholds, false_positives, _ = curve(m, m.everywhere(), every=True)
+    threshold = thresholds[np.flatnonzero(false_positives <= 1)[-1]]
+    return float(sensitivity(m, [1, 2, 3, 4, 5], m.everywhere()).mean()), float(np.clip(threshold, 0, 1))
+
+
+def gathered(mine):
+    """Lists of all ranks as one, the same on every rank."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return [item for part in everyone for item in part]
+
+
+# ---- prediction -----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def detected(cfg, detector, volumes, items, device):
+    """(volume, frame) one by one -> volume, frame, boxes (n, 4) in squashed pixels, scores (n,), (H, W) of the file.
+    Frames stream through: a few squashed ones are all that is ever held. Unreadable ones are named and left out."""
+    detector.eval()
+    places = anchors(cfg.size)
+    for samples in DataLoader(Frames(cfg, volumes), sampler=items, batch_size=cfg.micro_batch, collate_fn=list,
+                              num_workers=cfg.workers):
+        for reason in samples:
+            if isinstance(reason, str):
+                tqdm.write(f'skipped: {reason}', file=sys.stderr)
+        samples = [sample for sample in samples if isinstance(sample, dict)]
+        if not samples:
+            continue
+        with autocast(cfg, device):
+            answers = detector(pixels(torch.from_numpy(np.stack([s['image'] for s in samples])), device))
+        for sample, logits, deltas in zip(samples, *(part.float().cpu() for part in answers)):
+            boxes, scores = boxes_of(logits, deltas, places, cfg.size, cfg.nms, cfg.top)
+            yield sample['volume'], sample['frame'], boxes.numpy(), scores.numpy(), sample['shape']
+
+
+def predicted(cfg, detector, volumes, device):
+    """Findings of volumes, every slice seen -> rows (number of the volume, x, y, w, h, z, depth, score) in pixels of
+    the file, and notes. Ranks share the volumes; without a readable slice a volume has no findings, its lesions count
+    as missed."""
+    mine, items, rows, notes = range(dist.get_rank(), len(volumes), dist.get_world_size()), [], [], []
+    for v in mine:
+        try:
+            volumes[v].shape = volumes[v].shape or mask.shape(volumes[v].path)
+            items += [(v, z) for z in range(volumes[v].shape[0])]
+        except (ValueError, OSError) as problem:
+            notes.append(f'no findings in an unreadable file: {problem}')
+    bar = tqdm(total=len(items), desc='predicting', unit='slice', disable=dist.get_rank() > 0, delay=2, leave=False)
+    seen = 0
+    for v, slices in itertools.groupby(detected(cfg, detector, volumes, items, device), key=lambda found: found[0]):
+        boxes, scores, frames = [], [], []
+        for _, z, squashed, score, (H, W) in slices:
+            boxes.append(squashed * np.array([W / cfg.size, H / cfg.size] * 2))
+            scores.append(score)
+            frames.append(np.full(len(score), z))
+            seen += 1
+            bar.update()
+        merged = merge_slices(*map(np.concatenate, (boxes, scores, frames)), cfg.overlap, cfg.gap)
+        rows += [(v, *row) for row in merged[:cfg.top].tolist()]
+    bar.close()
+    if seen < len(items):
+        notes.append(f'{len(items) - seen} of {len(items)} slices are unreadable and have no boxes')
+    return gathered(rows), gathered(notes)
+
+
+# ---- results --------------------------------------------------------------------------------------------------------
+
+PREDICTION = (*KEY, 'X', 'Width', 'Y', 'Height', 'Z', 'Depth', 'Score')
+BOX = (*KEY, 'Subject', 'Slice', 'X', 'Y', 'Width', 'Height', 'Class', 'AD', 'VolumeSlices')
+LABEL = (*KEY, 'Normal', 'Actionable', 'Benign', 'Cancer')
+
+
+def write_csv(path, header, rows):
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def write_truth(out, volumes):
+    """labels.csv and boxes.csv of these volumes in the challenge's format; of mammograms VolumeSlices is 1."""
+    labels, boxes = [], []
+    for v in volumes:
+        kinds = {lesion[-1] for lesion in v.lesions}
+        labels.append((*v.key, int(not kinds), 0, int('benign' in kinds), int('cancer' in kinds)))
+        for z, x0, y0, x1, y1, label in v.lesions:
+            boxes.append((*v.key, '', z, x0, y0, x1 - x0, y1 - y0, label, '', v.shape[0]))
+    write_csv(out / 'labels.csv', LABEL, labels)
+    write_csv(out / 'boxes.csv', BOX, boxes)
+
+
+def write_list(path, volumes):
+    """The data set as it was read, in the format of `listed`: given as --root, no ROI mask is read again."""
+    lines = []
+    for v in volumes:
+        about = (os.path.abspath(v.path), *v.key, v.split, v.laterality, int(v.normal))
+        lines += [(*about, *lesion) for lesion in v.lesions] or [(*about, *[''] * 6)]
+    write_csv(path, ('path', 'patient', 'study', 'view', 'split', 'laterality', 'normal',
+                     'frame', 'x0', 'y0', 'x1', 'y1', 'label'), lines)
+
+
+def read_truth(labels, boxes):
+    """The challenge's labels and boxes -> volumes [key, slices], truth [key, x, y, w, h, slice], the class of each
+    lesion. A volume of one slice is a mammogram, where depth plays no part: it counts as infinitely many."""
+    slices = {bcs_key(line): math.inf for line in lines_of(labels, *KEY)}
+    truth, classes = [], []
+    for line in lines_of(boxes, *BOX[:3], 'Slice', 'X', 'Y', 'Width', 'Height', 'Class', 'VolumeSlices'):
+        key = bcs_key(line)
+        if key not in slices:
+            raise ValueError(f"{boxes}: a box in {'/'.join(key)}, which {labels} does not list")
+        x, y, w, h, z, count = (number(line, name, boxes) for name in ('X', 'Y', 'Width', 'Height', 'Slice',
+                                                                       'VolumeSlices'))
+        if w <= 0 or h <= 0:
+            raise ValueError(f"{boxes}: a box of {w:g}x{h:g} in {'/'.join(key)} has no area")
+        if slices[key] == math.inf:                         # the challenge takes the first row's
+            slices[key] = count if count > 1 else math.inf
+        truth.append((key, x, y, w, h, z))
+        classes.append(line['Class'])
+    if not truth:
+        raise ValueError(f'{boxes}: no lesion, so there is no sensitivity')
+    return list(slices.items()), truth, np.array(classes)
+
+
+def read_predictions(path):
+    """The challenge's submission format -> rows [key, x, y, w, h, z, depth, score]. No row at all is allowed."""
+    path = Path(path) / 'predictions.csv' if os.path.isdir(path) else Path(path)
+    rows = []
+    for line in lines_of(path, *PREDICTION):
+        x, w, y, h, z, depth, score = (number(line, name, path) for name in PREDICTION[3:])
+        if w < 0 or h < 0:
+            raise ValueError(f"{path}: a box of {w:g}x{h:g} in {'/'.join(bcs_key(line))}")
+        rows.append((bcs_key(line), x, y, w, h, z, depth, score))
+    return rows
+
+
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)       # of IHRRB-DINO's table; it prints all but the last
+RATES = (1, 2, 3, 4)
+
+
+class Scored:
+    """One detector's predictions against the truth. The numbers of the report are functions of the weights of the
+    volumes, (V + 1,), so that a bootstrap draw costs no matching."""
+
+    def __init__(self, volumes, truth, predictions, min_distance):
+        number, flat = {v[0]: i for i, v in enumerate(volumes)}, [(key, math.inf) for key, _ in volumes]
+        self.m = matched(volumes, truth, predictions, min_distance)
+        self.flat = matched(flat, [row[:5] for row in truth], predictions, min_distance)
+        self.boxes = [overlapping([row[:5] for row in truth], predictions, t, number) for t in THRESHOLDS]
+
+    def with_lesions(self, weight):
+        """Sensitivity at 1, 2, 3, 4 false positives per volume with a lesion, and their mean: (5,)"""
+        at = sensitivity(self.m, RATES, self.m.with_lesions(weight))
+        return np.append(at, at.mean())
+
+    def everywhere(self, weight):
+        at = sensitivity(self.m, RATES, weight)
+        return np.append(at, at.mean())
+
+    def caught(self, weight):
+        """Lesions found at 4 false positives per volume with a lesion, bool (G,)"""
+        return caught(self.m, RATES[-1], self.m.with_lesions(weight))
+
+    def classes(self, weight, chosen):
+        """Of each class of lesions, bool (G,), the share found there: (classes,)"""
+        count = weight[self.m.home] * np.array(chosen)                                  # (classes, G)
+        return (count * self.caught(weight)).sum(1) / count.sum(1)
+
+    def fauc(self, weight):
+        """FAUC-1, and FAUC-1+ over the images with a lesion: (2,)"""
+        return np.array([step_area(self.flat, weight), step_area(self.flat, self.flat.with_lesions(weight))])
+
+    def overlap(self, weight):
+        """AP and top-1 localisation at each of THRESHOLDS: (2, 8)"""
+        return np.array([[of(o, weight) for o in self.boxes] for of in (precision_area, localised)])
+
+
+def report(runs, volumes, truth, classes, min_distance, draws, seed, out):
+    """Tables, scores.json and froc.png of one or more detectors on the same volumes.
+
+    runs {name: rows}, volumes and truth as `froc` takes them, classes (G,) of the lesions. Intervals are bootstrap
+    percentiles over patients, whose volumes stay together."""
+    scored = {name: Scored(volumes, truth, rows, min_distance) for name, rows in runs.items()}
+    names, patient = np.unique([key[0] for key, _ in volumes], return_inverse=True)
+    rng, ones = np.random.default_rng(seed), np.ones(len(volumes) + 1)
+    times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)     # a draw with replacement
+    weights = np.column_stack([times[:, patient], np.ones(draws)])                      # (draws, V + 1)
+    chosen, ill = {name: classes == name for name in sorted(set(classes))}, len({row[0] for row in truth})
+
+    def intervals(metric):
+        """metric(weight) -> (n,); its values with 2.5 and 97.5 percentiles, (n, 3)"""
+        with np.errstate(invalid='ignore'), warnings.catch_warnings():
+            warnings.simplefilter('ignore', RuntimeWarning)                             # a class that no draw holds
+            drawn = np.array([metric(weight) for weight in weights])
+            return np.column_stack([metric(ones), *np.nanpercentile(drawn, [2.5, 97.5], axis=0)])
+
+    def table(title, heads, metric):
+        """One line a detector, of metric(scored, weight) -> (heads,)"""
+        found = {name: dict(zip(heads, intervals(partial(metric, s)).tolist())) for name, s in scored.items()}
+        print(f"\n{title:38s}{''.join(f'{head:>19s}' for head in heads)}")
+        for name, values in found.items():
+            print(f'  {name:36.36s}' + ''.join(f'{cell(v):>19s}' for v in values.values()))
+        return found
+
+    lesions = {name: int(pick.sum()) for name, pick in chosen.items()}
+    print(f"{len(volumes)} images or volumes of {len(names)} patients, {ill} with {len(truth)} lesions "
+          f"({', '.join(f'{name} {count}' for name, count in lesions.items())}); a hit is within max(half the "
+          f'diagonal, {min_distance:g} pixels)\n95 % intervals over patients, {draws} draws')
+    unlisted = {name: int((s.m.volume < 0).sum()) for name, s in scored.items() if (s.m.volume < 0).any()}
+    for name, count in unlisted.items():
+        print(f'  {name}: {count} predictions in volumes that are not listed, false positives over all volumes')
+    heads = [*(f'{rate} FP' for rate in RATES), 'mean of 1-4']
+    tables = dict(
+        challenge={name: froc(volumes, truth, rows, min_distance) for name, rows in runs.items()},
+        with_lesions=table('sensitivity, volumes with a lesion', heads, Scored.with_lesions),
+        all=table('sensitivity, all volumes', heads, Scored.everywhere) if ill < len(volumes) else None,
+        classes=table('found at 4 FP, volumes with a lesion', [*chosen],
+                      lambda s, w: s.classes(w, [*chosen.values()])),
+        fauc=table('area up to 1 FP', ['FAUC-1', 'FAUC-1+'], Scored.fauc),
+        overlap=overlap_table({name: s.overlap(ones) for name, s in scored.items()}),
+        overlap_mean=table('mean over IoU', ['AP', 'top-1'], lambda s, w: s.overlap(w).mean(1)),
+        against=against(scored, intervals))
+    chart({name: curve(s.m, s.m.with_lesions())[1:] for name, s in scored.items()}, tables['with_lesions'],
+          'false positives per image or volume with a lesion').save(out / 'froc.png')
+    (out / 'scores.json').write_text(json.dumps(plain(dict(
+        min_distance=min_distance, draws=draws, seed=seed, volumes=len(volumes), patients=len(names), lesions=lesions,
+        unlisted=unlisted, **tables)), indent=1, allow_nan=False))
+    print(f'-> {out}/scores.json, froc.png')
+
+
+def overlap_table(found):
+    """IHRRB-DINO's table: {name: (2, 8)} AP and top-1 localisation at IoU .2 to .9, slices playing no part."""
+    print(f"\n{'IoU':38s}" + ''.join(f'{threshold:7.1f}' for threshold in THRESHOLDS) + '   mean')
+    for i, title in enumerate(('AP', 'top-1')):
+        for name, values in found.items():
+            print(f"  {f'{title}, {name}':36.36s}" + ''.join(f'{v:7.3f}' for v in [*values[i], values[i].mean()]))
+    return dict(thresholds=THRESHOLDS, **{name: dict(zip(('AP', 'top-1'), v.tolist())) for name, v in found.items()})
+
+
+def against(scored, intervals):
+    """Every pair of detectors: the difference of mean sensitivities, and McNemar per lesion at 4 false positives per
+    volume, as if lesions were independent."""
+    found = {}
+    for (a, one), (b, two) in itertools.combinations(scored.items(), 2):
+        gap = intervals(lambda w: two.with_lesions(w)[-1:] - one.with_lesions(w)[-1:])[0].tolist()
+        first, second = (s.caught(s.m.everywhere()) for s in (one, two))
+        one_alone, two_alone, p = int((first & ~second).sum()), int((second & ~first).sum()), mcnemar(first, second)
+        print(f'\n{b} - {a}: mean sensitivity {gap[0]:+.3f} [{gap[1]:+.3f}, {gap[2]:+.3f}]; lesions found at 4 FP '
+              f'by {b} alone {two_alone}, by {a} alone {one_alone}, McNemar p = {p:.2g}')
+        found[f'{b} - {a}'] = dict(mean_sensitivity=gap, mcnemar=p, alone={a: one_alone, b: two_alone})
+    return found
+
+
+def cell(v):
+    return f'{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]'.replace('0.', '.')
+
+
+def plain(value):
+    """For JSON: numbers of numpy as Python's, NaN as null."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def score(argv):
+    """Submissions or runs, against the challenge's labels and boxes or those of the first run."""
+    parser = argparse.ArgumentParser(prog='detect.py score')
+    parser.add_argument('predictions', nargs='+', metavar='CSV_OR_RUN', help='a submission, or a run of detect.py')
+    parser.add_argument('--labels', help='BCS-DBT-labels-*.csv (default: labels.csv of the first run)')
+    parser.add_argument('--boxes', help='BCS-DBT-boxes-*.csv (default: boxes.csv of the first run)')
+    parser.add_argument('--min_distance', type=float, help='pixels; by default that of the run, 100 for a submission')
+    parser.add_argument('--draws', type=int, default=1000, help='bootstrap draws of patients (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--out', default='runs/score', help='folder of scores.json and froc.png (default: %(default)s)')
+    args = parser.parse_args(argv)
+    beside = Path(args.predictions[0]) if os.path.isdir(args.predictions[0]) else Path(args.predictions[0]).parent
+    labels, boxes = args.labels or beside / 'labels.csv', args.boxes or beside / 'boxes.csv'
+    volumes, truth, classes = read_truth(labels, boxes)
+    for folder in args.predictions[1:]:
+        if not args.boxes and os.path.isdir(folder) and read_truth(Path(folder, 'labels.csv'), Path(folder, 'boxes.csv')
+                                                                   )[:2] != (volumes, truth):
+            raise ValueError(f'{folder} and {args.predictions[0]} were tested on different volumes or lesions')
+    distance = args.min_distance
+    if distance is None and (beside / 'scores.json').exists() and not args.boxes:
+        distance = json.loads((beside / 'scores.json').read_text())['min_distance']
+    if args.draws < 1 or distance is not None and not 0 <= distance < math.inf:
+        raise ValueError(f'--draws {args.draws} and --min_distance {distance}: expected at least 1, and 0 or more')
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    report({str(name): read_predictions(name) for name in args.predictions}, volumes, truth, classes,
+           100.0 if distance is None else distance, args.draws, args.seed, out)
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')          # Okabe and Ito
+
+
+def chart(curves, table, xlabel, most=5):
+    """FROC curves {name: (false positives per image, sensitivity)} up to `most`; the key has the mean sensitivity."""
+    width, height, left, top = 900, 640, 90, 40
+    picture = Image.new('RGB', (left + width + 40, top + height + 90 + 36 * len(curves)), 'white')
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(24)
+
+    def at(x, y):
+        return left + width * x / most, top + height * (1 - y)
+
+    for tick in range(most + 1):
+        pen.line([at(tick, 0), at(tick, 1)], '#E5E5E5', 2)
+        pen.text(at(tick, -0.015), str(tick), 'black', font, anchor='ma')
+        pen.line([at(0, tick / 5), at(most, tick / 5)], '#E5E5E5', 2)
+        pen.text(at(-0.05, tick / 5), f'{tick / 5:.1f}', 'black', font, anchor='rm')
+    pen.rectangle([at(0, 1), at(most, 0)], outline='black', width=2)
+    pen.text((10, 4), 'sensitivity', 'black', font)
+    pen.text((left + width / 2, top + height + 46), xlabel, 'black', font, anchor='ma')
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        grid = np.unique(np.append(np.minimum(x, most), [0, most]))
+        pen.line([at(a, b) for a, b in zip(grid, np.interp(grid, x, y))], COLOURS[i % 7], 5, joint='curve')
+        row = top + height + 100 + 36 * i
+        pen.line([(left, row), (left + 50, row)], COLOURS[i % 7], 7)
+        mean = cell(table[name]['mean of 1-4'])
+        pen.text((left + 64, row), f'{name}, mean at 1-4: {mean}', 'black', font, anchor='lm')
+    return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
+
+
+def boxed(image, findings=(), truth=(), height=560):
+    """A slice, uint8 (H, W), as RGB `height` pixels high: findings (x0, y0, x1, y1, score) in orange with the score,
+    truth (x0, y0, x1, y1) in blue corners."""
+    scale = height / image.shape[0]
+    size = round(image.shape[1] * scale), height
+    picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC).convert('RGB')
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
+    for box in truth:
+        x0, y0, x1, y1 = (scale * edge for edge in box)
+        for x, y, right, down in ((x0, y0, 1, 1), (x1, y0, -1, 1), (x0, y1, 1, -1), (x1, y1, -1, -1)):
+            x, y = x - 5 * right, y - 5 * down              # a little outside, so that findings stay visible
+            pen.line([(x, y + 9 * down), (x, y), (x + 9 * right, y)], '#56B4E9', 3)
+    for *box, value in findings:
+        x0, y0, x1, y1 = (scale * edge for edge in box)
+        pen.rectangle([x0, y0, x1, y1], outline='#E69F00', width=2)
+        above = y0 > 22
+        pen.text((min(max(x0, 0), picture.width - 36), y0 - 3 if above else y1 + 3), f'{value:.2f}', '#E69F00', font,
+                 anchor='lb' if above else 'la', stroke_width=1, stroke_fill='black')
+    return picture
+
+
+# ---- one run, and predictions for a file ----------------------------------------------------------------------------
+
+def run(cfg, device, again=False):
+    """Train, predict the test volumes, write them, score them. `again` may overwrite an earlier run."""
+    out, rank = Path(cfg.out), dist.get_rank()
+    if any((out / name).exists() for name in ('last.pt', 'predictions.csv')) and not cfg.resume and not again:
+        raise ValueError(f'{out} holds a run; add --resume to go on with it, or choose another --out')
+    build(cfg)                                              # says what is wrong with --encoder before hours of reading
+    volumes, notes = load(cfg)
+    test = [v for v in volumes if v.split == 'test']
+    dist.barrier()                                          # every rank has looked before anything is written
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if not cfg.resume:
+            (out / 'last.pt').unlink(missing_ok=True)
+            (out / 'log.jsonl').write_text(json.dumps(dict(config=asdict(cfg), torch=torch.__version__)) + '\n')
+        introduce(cfg, volumes, notes)
+        write_list(out / 'lesions.csv', volumes)
+    dist.barrier()
+    chosen, detector, best = searched(cfg, volumes, device, out) if cfg.search else (
+        cfg, *train(cfg, volumes, device, out))
+    rows, notes = predicted(chosen, detector, test, device)
+    if rank == 0:
+        for note in notes:
+            print(f'  {note}')
+        if best['epoch'] >= 0:
+            print(f"best epoch {best['epoch']}, validation mean sensitivity at 1-5 FP per image {best['score']:.3f}")
+        write_truth(out, test)
+        write_csv(out / 'predictions.csv', PREDICTION, [
+            (*test[v].key, *(f'{value:.6g}' for value in (x, w, y, h)), int(z), int(depth), repr(value))
+            for v, x, y, w, h, z, depth, value in rows])
+        report({label(cfg): read_predictions(out)}, *read_truth(out / 'labels.csv', out / 'boxes.csv'),
+               cfg.min_distance, cfg.draws, cfg.seed, out)
+        print(f'-> {out}/last.pt, predictions.csv, labels.csv, boxes.csv, lesions.csv')
+    dist.barrier()
+    return detector
+
+
+def label(cfg):
+    random = cfg.random_encoder or not os.path.isfile(cfg.encoder)
+    return f"{'trained' if cfg.epochs else 'untrained'}, {'random encoder' if random else 'pretrained encoder'}"
+
+
+def introduce(cfg, volumes, notes):
+    """What is about to be learnt from what, and what was left out."""
+    if not os.path.isfile(cfg.encoder):
+        print(f'{cfg.encoder} is absent: random encoder. `torchrun pretrain.py` makes one, --encoder names another.')
+    print(f"\n{cfg.dataset}; {label(cfg)}, {'frozen' if cfg.freeze else 'finetuned'}; {cfg.size}x{cfg.size}")
+    for split in ('train', 'val', 'test'):
+        part = [v for v in volumes if v.split == split]
+        print(f'  {split:5s} {len(part)} images or volumes of {len({v.patient for v in part})} patients, '
+              f'{sum(bool(v.lesions) for v in part)} with {sum(len(v.lesions) for v in part)} lesions')
+    if not normals([v for v in volumes if v.split == 'train']):
+        print('  no normal slice or image to train on: everything outside the boxes is the background')
+    for note in notes:
+        print(f'  {note}')
+
+
+def searched(cfg, volumes, device, out):
+    """--search N: random trials over the ranges of 6.2.3, each trained like any run in OUT/trial_NNN; the best on
+    validation is taken. The paper's ratio of sampled negatives has no counterpart: all anchors count here."""
+    trials, winner = [], None
+    for i in range(cfg.search):
+        trial, place = drawn(cfg, i), out / f'trial_{i:03d}'
+        place.mkdir(exist_ok=True)
+        detector, best = train(trial, volumes, device, place)
+        tried = {name: getattr(trial, name) for name in RANGES}
+        trials.append(tried | dict(validation=best['score'], epoch=best['epoch']))
+        if winner is None or best['score'] > winner[2]['score']:
+            winner = trial, detector, best
+            if dist.get_rank() == 0:
+                save(out / 'last.pt', torch.load(place / 'last.pt', map_location='cpu', weights_only=True))
+    if dist.get_rank() == 0:
+        write_csv(out / 'trials.csv', trials[0], [trial.values() for trial in trials])
+        best = {k: f'{v:.3g}' for k, v in max(trials, key=lambda trial: trial['validation']).items()}
+        print(f"best of {cfg.search} trials: {', '.join(f'{k} {v}' for k, v in best.items())}")
+    return winner
+
+
+RANGES = dict(lr=(1e-5, 1e-2, True), wd=(1e-6, 1e-3, True), ratio=(0.1, 10, True), smoothing=(0.0, 0.1, False),
+              alpha=(0.25, 0.95, False), gamma=(0.5, 2.0, False), high=(0.4, 0.6, False), low=(0.2, 0.5, False),
+              nms=(0.03, 0.3, False), dropout=(0.0, 0.05, 0.1, 0.15))                   # low, high, log; or a choice
+
+
+def drawn(cfg, trial):
+    """The configuration of one trial, a function of seed and number; `low` is at most `high`."""
+    rng, values = np.random.default_rng([cfg.seed, trial]), {}
+    for name, (low, high, *kind) in RANGES.items():
+        if len(kind) == 1:
+            log = kind[0]
+            at = rng.uniform(math.log(low), math.log(high)) if log else rng.uniform(low, high)
+            values[name] = float(math.exp(at) if log else at)
+        else:
+            values[name] = float(rng.choice(RANGES[name]))
+    return replace(cfg, **values | dict(low=min(values['low'], values['high'])))
+
+
+def predict(argv, device):
+    """Findings in one file: findings.json, and a picture of each."""
+    parser = argparse.ArgumentParser(prog='detect.py predict')
+    parser.add_argument('file', metavar='FILE', help='a mammogram or a DBT volume')
+    parser.add_argument('--checkpoint', required=True, metavar='RUN', help='folder that detect.py wrote')
+    parser.add_argument('--threshold', type=float, help='least score; by default that of one false positive per image '
+                                                        'on the validation slices')
+    parser.add_argument('--laterality', default='', choices=('', 'L', 'R'), help='BCS-DBT: turns volumes that are '
+                                                                                 'stored upside down')
+    parser.add_argument('--out', default='runs/predict', help='folder to write (default: %(default)s)')
+    args = parser.parse_args(argv)
+    cfg, detector, best = restored(args.checkpoint)
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise ValueError(f'--threshold {args.threshold} must lie in 0 … 1')
+    if not os.path.isfile(args.file):
+        raise ValueError(f'{args.file}: no such file')
+    threshold = best['threshold'] if args.threshold is None else args.threshold
+    volume = Volume((Path(args.file).name,) * 3, args.file, laterality=args.laterality, shape=mask.shape(args.file))
+    rows, notes = predicted(cfg, detector.to(device), [volume], device)
+    if notes and not rows:
+        raise ValueError(notes[0])
+    for note in notes:
+        print(note)
+    out, found = Path(args.out), []
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob('finding_*.png'):                   # of another file
+        old.unlink()
+    for i, (_, x, y, w, h, z, depth, value) in enumerate(row for row in rows if row[-1] >= threshold):
+        middle = int(z + (depth - 1) // 2)
+        found.append(dict(x0=round(x, 1), y0=round(y, 1), x1=round(x + w, 1), y1=round(y + h, 1), frame=middle,
+                          first_frame=int(z), last_frame=int(z + depth - 1), score=round(value, 4)))
+        image = mask.read(args.file, middle)
+        image = upright(image, args.laterality)
+        boxed(image, [(x, y, x + w, y + h, value)], height=900).save(out / f'finding_{i:02d}.png')
+        print(f'{args.file}: x {x:.0f}-{x + w:.0f}, y {y:.0f}-{y + h:.0f}, frames {z:.0f}-{z + depth - 1:.0f}, '
+              f'score {value:.3f}')
+    (out / 'findings.json').write_text(json.dumps(dict(file=args.file, threshold=threshold, findings=found), indent=1))
+    print(f"{len(found)} findings of score {threshold:.3f} or more -> {out}/findings.json"
+          + (', finding_*.png' if found else ''))
+
+
+def restored(run):
+    """-> configuration, detector with its best weights, dict(score, epoch, threshold) of a run."""
+    path = Path(run) / 'last.pt' if os.path.isdir(run) else Path(run)
+    if not path.exists():
+        raise ValueError(f'{path}: no such file; --checkpoint takes a folder that detect.py wrote')
+    encoder = vit.load(path)
+    state = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        known = {f.name for f in fields(Config)}
+        cfg = Config(**{k: v for k, v in state['config'].items() if k in known})
+        detector = Detector(encoder, cfg.channels, cfg.dropout, cfg.freeze)
+        detector.load_learnt(state['best']['weights'])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+        raise ValueError(f'{path} holds no detector ({type(problem).__name__}); give a run of detect.py') from problem
+    return replace(cfg, workers=0, images=None, resume=False), detector.eval(), state['best']
+
+
+# ---- the demo -------------------------------------------------------------------------------------------------------
+
+DEMO = dict(out='runs/detect-demo', size=252, channels=64, epochs=10, batch=16, micro_batch=16, lr=2e-3, workers=0,
+            min_distance=10.0, dropout=0.05)                # 100 pixels of 2457 are 10 of a phantom's 256
+
+
+def demo(cfg, device):
+    """Lesions in synthetic volumes that no training has seen: an untrained detector and a trained one."""
+    folder, again = Path(cfg.out) / 'phantoms', cfg.out == DEMO['out']
+    untrained = replace(cfg, root=str(folder), out=f'{cfg.out}/untrained', epochs=0, search=0, resume=False)
+    trained = replace(cfg, root=str(folder), out=f'{cfg.out}/trained')
+    if not again and not cfg.resume and any(Path(each.out).exists() for each in (untrained, trained)):
+        raise ValueError(f'{cfg.out} holds runs; choose another --out, or give a data set with --root DIR')
+    if dist.get_rank() == 0:
+        print('SMOKE RUN ON PHANTOMS: every part of the method on synthetic breasts, no clinical meaning. '
+              'Give a data set with --root DIR.', flush=True)
+        make_phantoms(cfg, folder)
+    dist.barrier()
+    for each in (untrained, trained):
+        run(each, device, again or cfg.resume)
+    if dist.get_rank() == 0:
+        out, names = Path(cfg.out), ('untrained', 'trained')
+        print('\n---- side by side')
+        report({name: read_predictions(out / name) for name in names}, *read_truth(
+            out / 'trained/labels.csv', out / 'trained/boxes.csv'), cfg.min_distance, cfg.draws, cfg.seed, out)
+        overlay(folder, {name: read_predictions(out / name) for name in names}, read_truth(
+            out / 'trained/labels.csv', out / 'trained/boxes.csv')[1]).save(out / 'overlay.png')
+        print(f'-> {out}/overlay.png')
+    dist.barrier()
+
+
+def make_phantoms(cfg, folder, slices=8):
+    """Volumes with and without a lesion, prepared like any data set, and lesions.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(cfg.phantoms):
+        split = 'train' if i < 0.65 * cfg.phantoms else 'val' if i < 0.75 * cfg.phantoms else 'test'
+        rng = np.random.default_rng([cfg.seed, i, 0, 5])    # pretrain.py and finetune.py draw 1 to 4
+        example = mask.phantom(rng, slices, lesion=i % 3 > 0)
+        np.save(folder / f'{i:04d}.npy', np.stack([mask.clahe(mask.to_uint8(image)) for image in example.volume]))
+        rows += [(f'{i:04d}.npy', f'{i:04d}', split, int(z), *box, 'cancer') for z, *box in example.boxes] \
+            or [(f'{i:04d}.npy', f'{i:04d}', split, '', '', '', '', '', '')]
+    write_csv(folder / 'lesions.csv', ('path', 'patient', 'split', 'frame', 'x0', 'y0', 'x1', 'y1', 'label'), rows)
+
+
+def overlay(folder, runs, truth, columns=5):
+    """Slices with a lesion, the truth in blue corners, and in orange the best three findings that reach the slice; a
+    row of pictures for each run."""
+    shown = []
+    for rows in runs.values():
+        line = []
+        for (key, *_, z) in truth[:columns]:
+            slice_truth = [(x, y, x + w, y + h) for k, x, y, w, h, s in truth if k == key and s == z]
+            reach = [row for row in rows if row[0] == key and row[5] <= z < row[5] + row[6]]
+            here = sorted(reach, key=lambda row: -row[-1])
+            best = [(x, y, x + w, y + h, score) for _, x, y, w, h, _, _, score in here[:3]]
+            picture = boxed(mask.read(folder / key[1], int(z)), best, slice_truth, height=300)
+            line += [np.asarray(picture), np.full((300, 4, 3), 255, np.uint8)]
+        shown.append(np.hstack(line[:-1]))
+    canvas = Image.new('RGB', (shown[0].shape[1], len(shown) * 324), 'white')
+    for i, (name, picture) in enumerate(zip(runs, shown)):
+        ImageDraw.Draw(canvas).text((6, 324 * i + 3), f'{name}: its best three findings in orange, the lesion in blue '
+                                    'corners', 'black', ImageFont.load_default(15))
+        canvas.paste(Image.fromarray(picture), (0, 324 * i + 24))
+    return canvas
+
+
+def main(argv):
+    """score, predict, a run, or without --root the demo."""
+    if argv[:1] == ['score']:
+        return score(argv[1:])
+    _, ranks, device = setup()
+    if argv[:1] == ['predict']:
+        predict(argv[1:], device)
+    else:
+        cfg = parse(Config, argv, DEMO, source='root')
+        check(cfg, ranks)
+        run(cfg, device) if cfg.root else demo(cfg, device)
+    dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # at once, without waiting for data workers
+    wrong = None
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as problem:                # a data worker sends its traceback along, the reason last
+        wrong = str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')
+    if wrong:
+        print(f'detect.py: {wrong}', file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(bool(wrong))                                   # an interpreter that winds down gloo's threads may abort

@@ -1,0 +1,981 @@
+"""detect.py: anchors, matching and loss equal trusted ones, FROC equals the challenge's to the digit, boxes are read as
+published and come back to the pixels of the file, training resumes exactly, two ranks are one."""
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import CASES, ROOT
+from PIL import Image
+from pydicom.dataset import FileMetaDataset
+
+import detect
+import mask
+import vit
+from detect import Config, Volume
+
+RETINANET, FROC = np.load(CASES / 'retinanet.npz'), json.loads((CASES / 'froc.json').read_text())
+TINY = dict(size=84, width=32, depth=1, heads=2)
+
+
+def case(name):
+    return torch.from_numpy(RETINANET[name])
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def write(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'w', newline='') as file:
+        csv.writer(file).writerows(line.split('|') for line in lines)
+
+
+def dicom(path, pixels):
+    """uint16 (H, W) or (K, H, W) as an uncompressed DICOM file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = '1.2.840.10008.5.1.4.1.1.1.2', '1.2.3'
+    ds = pydicom.Dataset()
+    ds.file_meta, ds.Rows, ds.Columns = meta, *pixels.shape[-2:]
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, 'MONOCHROME2', 0
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
+    if pixels.ndim == 3:
+        ds.NumberOfFrames = len(pixels)
+    ds.PixelData = np.ascontiguousarray(pixels, np.uint16).tobytes()
+    ds.save_as(path, enforce_file_format=True)
+
+
+# ---- anchors, matching, loss --------------------------------------------------------------------------------------
+
+def test_the_paper_s_anchors_are_65250_and_sit_where_the_cells_look():
+    a = detect.anchors(518)
+    assert a.shape == (65250, 4) and detect.grids(518) == (74, 37, 18, 9)
+    middle, start = (a[:, :2] + a[:, 2:]) / 2, 0
+    for cells, centre in zip((74, 37, 18, 9), (lambda j: 7 * (j + .5), lambda j: 14 * (j + .5), lambda j: 28 * (j + .5),
+                                               lambda j: 56 * j + 14)):
+        level = middle[start:start + 9 * cells ** 2].view(cells, cells, 9, 2)
+        j = torch.arange(cells)
+        assert (level[..., 0] - centre(j)[None, :, None]).abs().max() < 1e-3            # columns run inside rows
+        assert (level[..., 1] - centre(j)[:, None, None]).abs().max() < 1e-3
+        start += 9 * cells ** 2
+    first = (a[:9, 2:] - a[:9, :2]).double()
+    assert torch.allclose(first.prod(1).sqrt(), 16 * torch.tensor([1, 1.26, 1.587] * 3, dtype=torch.double))
+    assert torch.allclose(first[:, 1] / first[:, 0], torch.tensor([.5] * 3 + [1.] * 3 + [2.] * 3, dtype=torch.double))
+
+
+@pytest.mark.parametrize('size', [126, 140])                # 9 and 10 patches: an odd and an even grid
+def test_anchors_sit_at_the_centroid_of_what_moves_their_cell(size):
+    torch.manual_seed(0)
+    side, start = size // 14, 0
+    pyramid = detect.Pyramid(4, 32)
+    pyramid.reduce.weight.data.fill_(1.0)
+    for convolution in (pyramid.p3, pyramid.p4, pyramid.p5, pyramid.p6):                # the middle of each kernel alone
+        convolution.weight.data.zero_()[:, :, 1, 1] = 1.0
+    for level, cells in enumerate(detect.grids(size)):
+        middle = detect.anchors(size)[start:start + 9 * cells ** 2].view(cells, cells, 9, 2, 2).mean(3)
+        start, j, tokens = start + 9 * cells ** 2, cells - 1, torch.rand(64, side * side, 4, requires_grad=True)
+        pyramid(tokens)[level][:, :, j, j - 1].sum().backward()                         # last row, last column but one
+        pulls = tokens.grad.abs().sum((0, 2)).view(side, side).sum(0)
+        x = (pulls * 14 * (torch.arange(side) + 0.5)).sum() / pulls.sum()
+        # max-pooling takes one of two columns, 7 pixels to either side: over 64 draws off by 3.5 once in 16,000 times
+        assert abs(x - middle[j, j - 1, 0, 0]) < (0.01 if level < 2 else 3.5), level
+
+
+def test_decode_undoes_encode_and_both_equal_the_references():
+    anchors, boxes = case('coder_anchors'), case('coder_gt')
+    assert torch.allclose(detect.encode(boxes, anchors), case('coder_encode'), atol=1e-5)
+    assert torch.allclose(detect.decode(detect.encode(boxes, anchors), anchors), boxes, atol=1e-2)
+    assert torch.allclose(detect.decode(case('coder_deltas'), anchors), case('coder_decode'), rtol=1e-5, atol=1e-4)
+    wild = detect.decode(torch.tensor([[0, 0, 50., 50.]]).half(), torch.tensor([[0, 0, 16., 16.]]))
+    assert wild.dtype == torch.float32 and torch.allclose(wild[0, 2:] - wild[0, :2], torch.full((2,), 1000.0))
+
+
+def test_matching_equals_the_reference_with_low_quality_matches():
+    anchors, tried = case('match_anchors'), 0
+    for name in RETINANET:
+        if name.endswith('_gt') and name.startswith('match'):
+            expected = case(name.replace('_gt', '_out')).long()
+            assert (detect.match(case(name), anchors, 0.5, 0.4) == expected).all()
+            tried += 1
+    assert tried == 6
+
+
+def test_a_box_that_overlaps_nothing_matches_nothing():
+    anchors = detect.anchors(56)
+    away = torch.tensor([[-900., -900, -890, -890]])
+    assert (detect.match(away, anchors) == -1).all()
+    assert (detect.match(torch.zeros(0, 4), anchors) == -1).all()
+    both = detect.match(torch.cat([away, torch.tensor([[20., 20, 30, 30]])]), anchors)
+    assert (both == 1).any() and not (both == 0).any()
+
+
+def test_focal_and_box_losses_equal_the_references():
+    for i in range(3):
+        alpha, gamma, total = RETINANET[f'focal{i}']
+        found = detect.focal_loss(case('focal_logits'), case('focal_targets'), alpha, gamma)
+        assert found.item() == pytest.approx(total, rel=1e-5)
+    for i in range(4):
+        beta, total = RETINANET[f'sl1_{i}']
+        found = torch.nn.functional.smooth_l1_loss(case('sl1_pred'), case('sl1_t'), beta=beta, reduction='sum')
+        assert found.item() == pytest.approx(total, rel=1e-5)
+    logits = torch.tensor([60., -60.], dtype=torch.bfloat16, requires_grad=True)        # confident and wrong
+    detect.focal_loss(logits, torch.tensor([0., 1.])).backward()
+    assert logits.grad.float().abs().min() > 0.1 and logits.grad.isfinite().all()
+
+
+def test_ignored_anchors_are_in_no_loss_and_images_without_lesions_have_one():
+    anchors, cfg = detect.anchors(56), Config()
+    boxes = [torch.tensor([[10., 10, 34, 36]]), torch.zeros(0, 4)]
+    batch = dict(boxes=boxes, match=torch.stack([detect.match(b, anchors, 0.5, 0.4) for b in boxes]))
+    torch.manual_seed(0)
+    logits, deltas = torch.randn(2, len(anchors)), torch.randn(2, len(anchors), 4)
+    by_hand = [0.0, 0.0]
+    for b in range(2):
+        for a, m in enumerate(batch['match'][b].tolist()):
+            if m != -2:
+                by_hand[0] += detect.focal_loss(logits[b, a], torch.tensor(float(m >= 0))).item()
+            if m >= 0:
+                off = (deltas[b, a] - detect.encode(boxes[b][m:m + 1], anchors[a:a + 1])[0]).abs()
+                by_hand[1] += torch.where(off < 0.1, 5 * off ** 2, off - 0.05).sum().item()
+    focal, box = detect.losses(cfg, logits, deltas, batch, anchors)
+    assert (batch['match'] == -2).any() and (batch['match'] >= 0).any()
+    assert (focal.item(), box.item()) == pytest.approx(by_hand, rel=1e-4)
+    smooth, _ = detect.losses(replace(cfg, smoothing=0.1), logits, deltas, batch, anchors)
+    positive = batch['match'] >= 0
+    change = detect.focal_loss(logits[positive], torch.full((int(positive.sum()),), 0.9)) \
+        - detect.focal_loss(logits[positive], torch.ones(int(positive.sum())))
+    assert (smooth - focal).item() == pytest.approx(change.item(), rel=0.01)            # backgrounds keep their 0
+
+
+def test_nms_equals_its_definition_and_a_reference_post_processing():
+    torch.manual_seed(0)
+    corner = torch.rand(200, 2) * 80
+    boxes, scores = torch.cat([corner, corner + 5 + torch.rand(200, 2) * 30], 1), torch.rand(200).round(decimals=1)
+    kept = []
+    for i in sorted(range(200), key=lambda i: -scores[i].item()):                       # stable: ties keep their order
+        if all(detect.iou(boxes[i:i + 1], boxes[j:j + 1]) <= 0.3 for j in kept):
+            kept.append(i)
+    assert detect.nms(boxes, scores, 0.3).tolist() == kept
+    assert detect.nms(boxes, scores, 0.3, top=5).tolist() == kept[:5]
+    assert detect.nms(torch.zeros(0, 4), torch.zeros(0)).tolist() == []
+
+    size, _, threshold, overlap, top, most = RETINANET['pp_args'].tolist()
+    found = []                                              # (score, class, box): top-k per level, NMS per class
+    levels = []
+    for level in range(3):
+        score = case(f'pp_cls{level}').sigmoid().flatten()
+        order = [i for i in score.argsort(descending=True, stable=True).tolist() if score[i] > threshold][:int(top)]
+        box = detect.decode(case(f'pp_reg{level}'), case(f'pp_anc{level}')).clamp(0, size)
+        levels += [(score[i], i % 2, box[i // 2]) for i in order]
+    for kind in (0, 1):
+        mine = [row for row in levels if row[1] == kind]
+        rows = detect.nms(torch.stack([row[2] for row in mine]), torch.stack([row[0] for row in mine]), overlap)
+        found += [mine[i] for i in rows]
+    found = sorted(found, key=lambda row: -row[0].item())[:int(most)]
+    assert torch.allclose(torch.stack([row[2] for row in found]), case('pp_boxes'), atol=1e-3)
+    assert [row[1] for row in found] == case('pp_labels').tolist()
+
+
+# ---- the model ----------------------------------------------------------------------------------------------------
+
+def test_the_detector_has_the_paper_s_shapes_and_starts_at_one_percent():
+    encoder = vit.ViT(size=126, width=32, depth=1, heads=2, layerscale=1.0)
+    detector = detect.Detector(encoder, channels=64).eval()
+    logits, deltas = detector(torch.rand(2, 1, 126, 126))
+    assert logits.shape == (2, len(detect.anchors(126))) and deltas.shape == (*logits.shape, 4)
+    assert logits.sigmoid().mean().item() == pytest.approx(0.01, abs=0.002)
+    for tower in (detector.classify, detector.regress):
+        kinds = [type(layer).__name__ for layer in tower]
+        assert kinds == ['Conv2d', 'GroupNorm', 'ReLU', 'Dropout2d'] * 4 + ['Conv2d']
+        assert all(layer.num_groups == 32 for layer in tower if isinstance(layer, torch.nn.GroupNorm))
+    grids = [level.shape[-1] for level in detect.Pyramid(8, 32)(torch.rand(1, 37 * 37, 8))]
+    assert grids == [74, 37, 18, 9]
+
+
+def test_answers_are_ordered_like_the_anchors():
+    """What stands in one cell of one level, in the channel of one shape, comes out at that anchor's number."""
+    detector = detect.Detector(vit.ViT(**TINY), channels=32)
+    levels = [torch.zeros(1, 36, n, n) for n in detect.grids(84)]
+    detector.pyramid.forward, detector.regress = lambda tokens: levels, torch.nn.Identity()
+    detector.classify.forward = lambda level: level[:, :9]
+    levels[1][0, 5, 3, 2] = 7.0                             # P4, fourth row, third column, sixth shape
+    levels[2][0, 4 * 8 + 3, 1, 0] = 7.0                     # P5, second row, first column, last delta of the last shape
+    logits, deltas = detector(torch.rand(1, 1, 84, 84))
+    assert torch.nonzero(logits).tolist() == [[0, 9 * 144 + 9 * (3 * 6 + 2) + 5]]
+    x, y = detect.anchors(84)[9 * 144 + 9 * (3 * 6 + 2) + 5].view(2, 2).mean(0).tolist()
+    assert (x, y) == pytest.approx((14 * 2.5, 14 * 3.5))
+    assert [0, 9 * 180 + 9 * 3 + 8, 3] in torch.nonzero(deltas).tolist()
+
+
+def test_a_frozen_encoder_stays_in_eval_mode_and_gets_no_gradient():
+    detector = detect.Detector(vit.ViT(**TINY, drop_path=0.5), channels=32).train()
+    assert detector.training and not detector.encoder.training and detector.classify.training
+    detector(torch.rand(1, 1, 84, 84))[0].sum().backward()
+    assert all(p.grad is None for p in detector.encoder.parameters())
+    assert all(p.grad is not None for p in detector.classify.parameters())
+    assert not any(name.startswith('encoder') for name in detector.learnt())
+    tuned = detect.Detector(vit.ViT(**TINY, drop_path=0.5), channels=32, freeze=False).train()
+    assert tuned.encoder.training and any(name.startswith('encoder') for name in tuned.learnt())
+
+
+# ---- findings -----------------------------------------------------------------------------------------------------
+
+def test_boxes_of_neighbouring_slices_become_one_finding():
+    lesion, other = [10, 10, 30, 30], [100, 100, 120, 120]
+    rows = detect.merge_slices([lesion, [12, 11, 32, 31], lesion, other], [.5, .9, .6, .7], [4, 5, 6, 5])
+    assert rows.tolist() == [[12, 11, 20, 20, 4, 3, .9], [100, 100, 20, 20, 5, 1, .7]]
+    order = [2, 0, 3, 1]
+    shuffled = detect.merge_slices(*(np.array(a)[order] for a in (
+        [lesion, [12, 11, 32, 31], lesion, other], [.5, .9, .6, .7], [4, 5, 6, 5])))
+    assert (shuffled == rows).all()
+    assert detect.merge_slices([], [], []).shape == (0, 7)
+
+
+def test_lesions_at_one_place_far_apart_in_depth_stay_two():
+    box = [10, 10, 30, 30]
+    rows = detect.merge_slices([box] * 4, [.9, .8, .7, .6], [2, 3, 20, 21])
+    assert rows[:, 4:].tolist() == [[2, 2, .9], [20, 2, .7]]
+    assert len(detect.merge_slices([box] * 2, [.9, .8], [2, 4], gap=1)) == 2
+    assert len(detect.merge_slices([box] * 2, [.9, .8], [2, 4], gap=2)) == 1
+
+
+def test_faint_boxes_on_every_slice_do_not_stretch_a_finding():
+    box = [10, 10, 30, 30]
+    scores = [.02] * 40
+    scores[30] = .9
+    rows = detect.merge_slices([box] * 40, scores, range(40))
+    assert rows[0, 4:].tolist() == [30, 1, .9]
+    assert len(detect.merge_slices([box] * 3, [.01, .9, .01], [29, 30, 31])) == 1       # but next to it they are it
+
+
+def test_boxes_of_an_image_lie_inside_it_best_first():
+    torch.manual_seed(0)
+    anchors = detect.anchors(56)
+    boxes, scores = detect.boxes_of(torch.randn(len(anchors)), 3 * torch.randn(len(anchors), 4), anchors, 56, top=30)
+    assert 0 < len(boxes) <= 30 and (scores.diff() <= 0).all() and boxes.min() >= 0 and boxes.max() <= 56
+    assert (boxes[:, 2:] > boxes[:, :2]).all() and (detect.iou(boxes, boxes) - torch.eye(len(boxes))).max() <= 0.1
+
+
+# ---- the score ----------------------------------------------------------------------------------------------------
+
+def literal_froc(volumes, truth, predictions, min_distance):
+    """The challenge's rule, step by step as its evaluator takes them, for one set of volumes: [(fps, sensitivity)]"""
+    slices, rows = dict(map(tuple, volumes)), []
+    for p in predictions:
+        reach = []
+        for g, (name, x, y, w, h, z) in enumerate(truth):
+            if name == p[0]:
+                dx, dy, dz = p[1] + p[3] / 2 - x - w / 2, p[2] + p[4] / 2 - y - h / 2, p[5] + p[6] / 2 - z
+                if math.hypot(dx, dy) <= max(math.hypot(w, h) / 2, min_distance) and abs(dz) <= slices[name] / 4:
+                    reach.append((math.sqrt(dx ** 2 + dy ** 2 + dz ** 2), g))
+        rows.append((p[-1], min(reach)[1] if reach else None))
+    points = []
+    scores = [s for s, _ in rows] or [0]
+    for t in [max(scores) + 1, *sorted({s for s, g in rows if g is not None}, reverse=True), min(scores) - 1]:
+        on = [g for s, g in rows if s >= t]
+        points.append((on.count(None) / len(volumes), len(set(on) - {None}) / len(truth)))
+    return points
+
+
+def test_froc_equals_the_challenge_s_evaluator():
+    for c in FROC:
+        found = detect.froc(c['volumes'], c['gt'], c['pred'], c['min_dist'])
+        assert found == pytest.approx(c['expected'], abs=1e-9), c.get('name')
+        points = literal_froc(c['volumes'], c['gt'], c['pred'], c['min_dist'])
+        literal = np.interp(2, *zip(*points))
+        assert found['sensitivity_at_2_fps_all'] == pytest.approx(literal, abs=1e-12)
+
+
+def test_fauc_equals_the_reference_step_rule():
+    for c in FROC:
+        if 'fauc1_step' in c:
+            ill = {row[0] for row in c['gt']}
+            predictions = [[*row[:5], row[-1]] for row in c['pred']]
+            truth = [row[:5] for row in c['gt']]
+            found = detect.fauc([row[0] for row in c['volumes']], truth, predictions, c['min_dist'])
+            assert found == pytest.approx(c['fauc1_step'], abs=1e-9)
+            found = detect.fauc(sorted(ill), truth, [row for row in predictions if row[0] in ill], c['min_dist'])
+            assert found == pytest.approx(c['fauc1_step_positive_images'], abs=1e-9)
+
+
+def test_an_empty_prediction_file_scores_zero_and_no_lesion_is_not_defined():
+    volumes, truth = [[0, 40], [1, 40]], [[0, 10, 10, 50, 50, 20]]
+    assert set(detect.froc(volumes, truth, []).values()) == {0.0}
+    assert detect.fauc([0, 1], [row[:5] for row in truth], []) == 0
+    assert detect.average_precision([row[:5] for row in truth], [], 0.5) == 0
+    assert all(math.isnan(v) for v in detect.froc(volumes, [], []).values())
+    with pytest.raises(ValueError, match='a lesion lies in 7, which is not among the volumes'):
+        detect.froc(volumes, [[7, 10, 10, 50, 50, 20]], [])
+
+
+def test_a_missed_volume_stays_in_the_denominator():
+    volumes, truth = [[i, 40] for i in range(4)], [[i, 10, 10, 50, 50, 20] for i in range(4)]
+    predictions = [[0, 10, 10, 50, 50, 20, 1, .9]]
+    assert detect.froc(volumes, truth, predictions)['mean_sensitivity_positive'] == 0.25
+
+
+def test_bootstrap_weights_count_volumes_as_copies_would():
+    c = next(c for c in FROC if len(c['gt']) > 15 and c['min_dist'] == 100)
+    rng = np.random.default_rng(0)
+    names = [v[0] for v in c['volumes']]                    # 0, 1, …
+    for _ in range(5):
+        drawn = rng.integers(len(names), size=len(names))
+        copies, slices = list(enumerate(drawn)), dict(map(tuple, c['volumes']))
+        volumes = [[f'copy {k}', slices[name]] for k, name in copies]
+        truth = [[f'copy {k}', *row[1:]] for k, name in copies for row in c['gt'] if row[0] == name]
+        predictions = [[f'copy {k}', *row[1:]] for k, name in copies for row in c['pred'] if row[0] == name]
+        m = detect.matched(c['volumes'], c['gt'], c['pred'], 100)
+        weight = np.append(np.bincount(drawn, minlength=len(names)), 1.0)
+        expected = detect.froc(volumes, truth, predictions, 100)
+        at = detect.sensitivity(m, [1, 2, 3, 4], m.with_lesions(weight))
+        assert at.mean() == pytest.approx(expected['mean_sensitivity_positive'], abs=1e-12)
+        flat = detect.matched([[n, math.inf] for n in names], [row[:5] for row in c['gt']], c['pred'], 100)
+        assert detect.step_area(flat, weight) == pytest.approx(detect.fauc(
+            [v[0] for v in volumes], [row[:5] for row in truth], predictions, 100), abs=1e-12)
+        number = {name: i for i, name in enumerate(names)}
+        o = detect.overlapping([row[:5] for row in c['gt']], c['pred'], 0.3, number)
+        assert detect.precision_area(o, weight) == pytest.approx(detect.average_precision(
+            [row[:5] for row in truth], predictions, 0.3), abs=1e-12)
+
+
+def test_average_precision_by_hand():
+    truth = [['a', 0, 0, 10, 10], ['a', 50, 50, 10, 10], ['b', 0, 0, 10, 10]]
+    right, far = ['a', 0, 0, 10, 10, .9], ['a', 200, 0, 10, 10, .8]
+    assert detect.average_precision(truth, [right], 0.5) == pytest.approx(34 / 101)     # recall 0 … .33
+    again = ['a', 0, 1, 10, 10, .85]                        # the lesion is taken: a false positive
+    both = detect.average_precision(truth, [right, again, far, ['b', 0, 0, 10, 9, .7]], 0.5)
+    assert both == pytest.approx((34 + 33 * 0.5) / 101)     # precision 1, then 2 of 4
+    assert detect.average_precision(truth, [['b', 0, 0, 10, 9, .7]], 0.95) == 0
+    o = detect.overlapping(truth, [far, right, ['b', 90, 0, 9, 9, .5]], 0.5, dict(a=0, b=1))
+    assert detect.localised(o, np.ones(3)) == 0.5           # best of a fits, best of b does not
+
+
+def test_lesions_caught_at_an_operating_point():
+    volumes = [[i, math.inf] for i in range(2)]
+    truth = [[0, 0, 0, 10, 10], [1, 0, 0, 10, 10]]
+    predictions = [[0, 0, 0, 10, 10, .9], [0, 500, 500, 10, 10, .8], [0, 700, 500, 10, 10, .7], [1, 0, 0, 10, 10, .6]]
+    m = detect.matched(volumes, truth, predictions)
+    assert detect.caught(m, 0.5, m.everywhere()).tolist() == [True, False]
+    assert detect.caught(m, 1, m.everywhere()).tolist() == [True, True]
+    assert detect.caught(m, 1, np.zeros(3)).tolist() == [False, False]
+
+
+# ---- data sets ----------------------------------------------------------------------------------------------------
+
+def breast(side, turned=False, shape=(4, 60, 40), lesion=None):
+    """A uint16 volume with the breast at its left or right edge."""
+    volume = np.zeros(shape, np.uint16)
+    y, x = np.mgrid[:shape[1], :shape[2]]
+    inside = np.hypot((y - shape[1] / 2) / (shape[1] / 2), x / (0.7 * shape[2])) < 1
+    volume[:, inside] = 400
+    volume[:, y + x < 8] = 0
+    if lesion:
+        z, x0, y0, x1, y1 = lesion
+        volume[z, y0:y1, x0:x1] = 900
+    volume = volume if side == 'L' else volume[..., ::-1]
+    return volume[:, ::-1, ::-1] if turned else volume
+
+
+@pytest.fixture
+def bcs(tmp_path):
+    """Three official splits in miniature; one volume lies upside down."""
+    root = tmp_path / 'bcs'
+    for part, patient in (('train', 'DBT-P00001'), ('validation', 'DBT-P00002'), ('test', 'DBT-P00003')):
+        study = patient.replace('P', 'S')
+        labels = ['PatientID|StudyUID|View|Normal|Actionable|Benign|Cancer', f'{patient}|{study}|lcc|0|0|0|1',
+                  f'{patient}|{study}|rmlo|1|0|0|0', f'{patient}|{study}|lmlo|0|1|0|0']
+        write(root / f'BCS-DBT-labels-{part}-v2.csv', labels)
+        write(root / f'BCS-DBT-boxes-{part}-v2.csv', [
+            'PatientID|StudyUID|View|Subject|Slice|X|Y|Width|Height|Class|AD|VolumeSlices',
+            f'{patient}|{study}|lcc|x|2|8|20|10|12|cancer|0|4'])
+        lines = ['PatientID|StudyUID|View|descriptive_path|classic_path']
+        for view in ('lcc', 'rmlo', 'lmlo'):
+            place = f'Breast-Cancer-Screening-DBT/{patient}/{study}/{view}'
+            lines.append(f'{patient}|{study}|{view}|elsewhere/1-1.dcm|{place}/')
+            lesion = (2, 8, 20, 18, 32) if view == 'lcc' else None
+            dicom(root / place / '1-1.dcm', breast(view[0].upper(), part == 'test' and view == 'lcc', lesion=lesion))
+        write(root / f'BCS-DBT-file-paths-{part}.csv', lines)
+    return root
+
+
+def test_bcs_dbt_is_read_as_published(bcs):
+    cfg = Config(dataset='bcs', root=str(bcs), size=56)
+    volumes, notes = detect.load(cfg)
+    assert [(v.key[2], v.split, v.laterality, v.normal) for v in volumes[:3]] == [
+        ('lcc', 'train', 'L', False), ('rmlo', 'train', 'R', True), ('lmlo', 'train', 'L', False)]
+    assert {v.split for v in volumes} == {'train', 'val', 'test'} and volumes[0].shape == (4, 60, 40)
+    assert volumes[0].lesions == [(2, 8.0, 20.0, 18.0, 32.0, 'cancer')] and volumes[0].path.endswith('lcc/1-1.dcm')
+    assert notes == ['volumes of the official set: train 3 of 19,148, validation 3 of 1,163, test 3 of 1,721']
+
+
+def test_a_volume_stored_upside_down_is_turned_and_its_boxes_are_not(bcs):
+    cfg = Config(dataset='bcs', root=str(bcs), size=56)
+    volumes, _ = detect.load(cfg)
+    frames = detect.Frames(cfg, volumes)
+    for v in [i for i, volume in enumerate(volumes) if volume.key[2] == 'lcc']:
+        image = frames.plain(v, 2)['image'].astype(float)
+        box = detect.on_frame(volumes[v], 2, (60, 40), 56)[0].round().astype(int)
+        inside = image[box[1]:box[3], box[0]:box[2]].mean()
+        assert inside > 200 and inside > 1.3 * image[image > 20].mean(), volumes[v].split
+    assert frames.turned[6] and not frames.turned[0]
+    stored = mask.read(volumes[6].path, 2)
+    assert (detect.upright(stored, 'L') == stored[::-1, ::-1]).all() and (detect.upright(stored, 'R') == stored).all()
+
+
+def test_the_counts_of_a_full_bcs_dbt_are_asserted(bcs, monkeypatch):
+    monkeypatch.setattr(detect, 'BCS_VOLUMES', dict(train=3, validation=3, test=3))
+    with pytest.raises(ValueError, match='the full train set, but Normal 1, not 18232'):
+        detect.bcs(Config(root=str(bcs)))
+    monkeypatch.setattr(detect, 'BCS_COUNTS', dict(Normal=(1,) * 3, Actionable=(1,) * 3, Benign=(0,) * 3,
+                                                   Cancer=(1,) * 3, boxes=(1,) * 3, volumes_with_boxes=(1,) * 3))
+    assert len(detect.bcs(Config(root=str(bcs)))[0]) == 9
+
+
+def test_the_official_counts_add_up():
+    for i, total in enumerate(detect.BCS_VOLUMES.values()):
+        assert sum(detect.BCS_COUNTS[name][i] for name in ('Normal', 'Actionable', 'Benign', 'Cancer')) == total
+    assert sum(detect.BCS_VOLUMES.values()) == 22032
+
+
+def test_bcs_files_that_do_not_fit_together_are_named(bcs):
+    boxes = bcs / 'BCS-DBT-boxes-test-v2.csv'
+    boxes.write_text(boxes.read_text().replace('lcc', 'lcc2'))
+    with pytest.raises(ValueError, match='a box in DBT-P00003/DBT-S00003/lcc2, which BCS-DBT-labels-test-v2.csv does not'):
+        detect.bcs(Config(root=str(bcs)))
+    boxes.unlink()
+    with pytest.raises(ValueError, match='belong together; not all are there'):
+        detect.bcs(Config(root=str(bcs)))
+    with pytest.raises(ValueError, match='no BCS-DBT-labels'):
+        detect.bcs(Config(root=str(bcs.parent)))
+
+
+def test_vindr_boxes_are_read_as_published(tmp_path):
+    write(tmp_path / 'finding_annotations.csv', [
+        'study_id|series_id|image_id|laterality|view_position|height|width|breast_birads|breast_density|'
+        'finding_categories|finding_birads|xmin|ymin|xmax|ymax|split',
+        "s1|e|i1|L|CC|50|40|BI-RADS 4|DENSITY C|['Mass', 'Skin Retraction']|BI-RADS 4|4.5|5|20.25|18|training",
+        "s1|e|i1|L|CC|50|40|BI-RADS 4|DENSITY C|['Suspicious Calcification']|BI-RADS 3|1|2|9|9|training",
+        "s2|e|i2|R|MLO|50|40|BI-RADS 1|DENSITY C|['No Finding']||||||test"])
+    volumes, _ = detect.vindr(Config(root=str(tmp_path)))
+    assert [(v.key, v.split) for v in volumes] == [(('s1', 'i1', 'LCC'), 'train'), (('s2', 'i2', 'RMLO'), 'test')]
+    assert volumes[0].lesions == [(0, 4.5, 5.0, 20.25, 18.0, 'Mass'), (0, 1.0, 2.0, 9.0, 9.0, 'Suspicious Calcification')]
+    assert volumes[1].lesions == [] and volumes[0].path == f'{tmp_path}/images/s1/i1.dicom'
+
+
+CBIS = ('patient_id|left or right breast|image view|abnormality id|pathology|image file path|cropped image file path|'
+        'ROI mask file path')
+
+
+def cbis_case(root, name, film, roi, swapped, scale=1, kind='MALIGNANT', split='train', patient='P_00001'):
+    """A film, and its mask and crop in the folder of the abnormality, under the wrong columns if swapped."""
+    dicom(root / 'CBIS-DDSM' / name / 'd' / 'f' / '1-1.dcm', film)
+    drawn = np.zeros(np.array(film.shape) // scale, np.uint16)
+    x0, y0, x1, y1 = (edge // scale for edge in roi)
+    drawn[y0:y1, x0:x1] = 65535
+    dicom(root / 'CBIS-DDSM' / f'{name}_1' / 'd' / 'm' / '1-1.dcm', drawn)
+    dicom(root / 'CBIS-DDSM' / f'{name}_1' / 'd' / 'c' / '1-2.dcm', film[:6, :6])
+    columns = [f'{name}_1/x/y/000000.dcm', f'{name}_1/x/z/000001.dcm\n'][::-1 if swapped else 1]
+    return f'{patient}|LEFT|CC|1|{kind}|{name}/x/y/000000.dcm|' + '|'.join(columns)
+
+
+def test_cbis_boxes_are_those_of_the_masks_also_where_the_columns_are_swapped(tmp_path):
+    film = np.random.default_rng(0).integers(0, 4000, (60, 48)).astype(np.uint16)
+    write(tmp_path / 'mass_case_description_train_set.csv', [
+        CBIS, cbis_case(tmp_path, 'Mass-Training_P_00001_LEFT_CC', film, (10, 12, 30, 40), False),
+        cbis_case(tmp_path, 'Mass-Training_P_00002_LEFT_CC', film, (4, 8, 20, 24), True, scale=2, kind='BENIGN',
+                  patient='P_00002'),
+        cbis_case(tmp_path, 'Mass-Training_P_00003_LEFT_CC', film, (4, 8, 20, 24), True, patient='P_00003')])
+    write(tmp_path / 'mass_case_description_test_set.csv', [
+        CBIS, cbis_case(tmp_path, 'Mass-Test_P_00003_LEFT_CC', film, (4, 8, 20, 24), True, patient='P_00003'),
+        cbis_case(tmp_path, 'Mass-Test_P_00004_LEFT_CC', film, (4, 8, 20, 24), True, patient='P_00004')])
+    dicom(tmp_path / 'CBIS-DDSM' / 'Mass-Test_P_00004_LEFT_CC_1' / 'd' / 'm' / '1-1.dcm',        # another aspect
+          np.kron([[0, 1], [0, 0]], np.full((40, 20), 65535)))
+    volumes, notes = detect.cbis(Config(root=str(tmp_path)))
+    boxes = {v.key[0]: v.lesions for v in volumes}
+    assert boxes == dict(P_00001=[(0, 10, 12, 30, 40, 'cancer')], P_00002=[(0, 4, 8, 20, 24, 'benign')],
+                         P_00003=[(0, 4, 8, 20, 24, 'cancer')])
+    assert any('P_00004' in note and 'another aspect' in note for note in notes)
+    assert any('1 patients are in training and test' in note and 'P_00003' in note for note in notes)
+
+
+def test_mias_circles_become_boxes_from_the_top(tmp_path):
+    (tmp_path / 'Info.txt').write_text('mdb001 G CIRC B 535 425 197\nmdb002 G CIRC M 522 280 69\nmdb003 D NORM \n'
+                                       'mdb059 F CIRC B\n')
+    for i in (1, 2, 3, 59):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f'mdb{i:03d}.png')
+    volumes, notes = detect.mias(Config(root=str(tmp_path)))
+    assert volumes[0].lesions == [(0, 338, 402, 732, 796, 'benign')] and volumes[1].lesions[0][-1] == 'cancer'
+    assert [v.patient for v in volumes] == ['001', '001', '002'] and 'mdb059' in notes[0]
+
+
+HEADER = 'path|frame|x0|y0|x1|y1|label|volume|patient|split'
+
+
+def small_list(folder, *lines):
+    np.save(folder / 'a.npy', np.zeros((4, 20, 30), np.uint8))
+    np.save(folder / 'b.npy', np.zeros((20, 30), np.uint8))
+    write(folder / 'lesions.csv', [HEADER, *lines])
+    return Config(root=str(folder), size=56)
+
+
+@pytest.mark.parametrize('line, words', [
+    ('a.npy|0|25|5|35|40|m|a|p|test', None),                # sticks out: counted, not refused
+    ('a.npy|0|40|5|50|10|m|a|p|test', 'frame 0 lies outside the image, 30x20'),
+    ('a.npy|0|10|5|10|9|m|a|p|test', 'has no area; expected x0 < x1'),
+    ('a.npy|0|10|9|5|5|m|a|p|test', 'has no area; expected x0 < x1'),
+    ('a.npy|4|5|5|10|9|m|a|p|test', 'frame 4: the file has frames 0 to 3'),
+    ('a.npy|1.5|5|5|10|9|m|a|p|test', 'frame 1.5 of a is no whole number'),
+    ('a.npy|0|5|5|ten|9|m|a|p|test', "x1 is 'ten'"),
+    ('a.npy|0|5|5||9|m|a|p|test', "x1 is ''"),
+    ('a.npy|0|5|5|nan|9|m|a|p|test', "x1 is 'nan'"),
+    ('b.npy|0|5|5|10|9|m|a|p|test', None),
+    ('b.npy|0|5|5|10|9|m|a|other|train', None)])
+def test_boxes_that_cannot_be_are_refused_in_one_sentence(tmp_path, line, words):
+    rest = [f'c{i}.npy|0|1|1|9|9|m||q{i}|{split}' for i, split in enumerate(('train', 'val', 'test'))]
+    for i in range(3):
+        np.save(tmp_path / f'c{i}.npy', np.zeros((20, 30), np.uint8))
+    cfg = small_list(tmp_path, line, *rest)
+    if words is None:
+        volumes, notes = detect.load(cfg)
+        assert len(volumes) == 4 and ('1 boxes stick out' in ' '.join(notes)) == (' 35' in line.replace('|', ' '))
+    else:
+        with pytest.raises(ValueError) as problem:
+            detect.load(cfg)
+        assert words in str(problem.value) and '\n' not in str(problem.value)
+
+
+def test_lists_that_contradict_themselves_are_refused(tmp_path):
+    for lines, words in (
+            (['a.npy|0|1|1|5|5|m|v|p|train', 'b.npy|0|1|1|5|5|m|v|p|train'], 'volume v has rows with different paths'),
+            (['a.npy|0|1|1|5|5|m||p|train', 'b.npy|0|1|1|5|5|m||p|test'], '1 patients are in two splits, the first: p'),
+            (['a.npy|0|1|1|5|5|m||p|dev'], "splits 'dev'; expected train, val and test"),
+            (['a.npy||||||||p|train', 'b.npy||||||||q|test'], 'the train split holds no lesion'),
+            (['a.npy|0|1|1|5|5|m||p|train', 'gone.npy|0|1|1|5|5|m||q|test'], '1 of 2 files are not there, with 1 lesions')):
+        with pytest.raises(ValueError, match=words):
+            detect.load(small_list(tmp_path, *lines))
+    write(tmp_path / 'lesions.csv', ['path|x0|y0|x1', 'a.npy|1|1|5'])
+    with pytest.raises(ValueError, match='no column y1; found path, x0, y0, x1'):
+        detect.load(Config(root=str(tmp_path)))
+
+
+def test_labels_that_do_not_count_leave_their_images_out_of_the_normals(tmp_path):
+    rest = []
+    for i, split in enumerate(('train', 'val', 'test')):
+        np.save(tmp_path / f'c{i}.npy', np.zeros((20, 30), np.uint8))
+        rest.append(f'c{i}.npy|0|1|1|9|9|Mass||q{i}|{split}')
+    cfg = small_list(tmp_path, 'a.npy|0|1|1|5|5|Nipple||p|train', 'b.npy||||||||r|train', *rest)
+    volumes, notes = detect.load(replace(cfg, findings=('Mass',)))
+    assert [(len(v.lesions), v.normal) for v in volumes[:3]] == [(0, False), (0, True), (1, True)]
+    assert 'lesions other than Mass do not count' in notes[0] and notes[0].endswith('1')
+
+
+def test_splits_keep_patients_together_and_share_out_the_lesions():
+    volumes = [Volume((f'p{i // 2}', f's{i}', ''), f'{i}', lesions=[(0, 0, 0, 1, 1, '')] * (i % 4 == 0)) for i in range(80)]
+    volumes = detect.assign(Config(), volumes, [])
+    parts = {split: {v.patient for v in volumes if v.split == split} for split in ('train', 'val', 'test')}
+    assert sum(map(len, parts.values())) == 40 and not parts['train'] & parts['test'] | parts['val'] & parts['test']
+    assert [sum(len(v.lesions) for v in volumes if v.split == s) for s in ('train', 'val', 'test')] == [13, 3, 4]
+
+
+# ---- samples ------------------------------------------------------------------------------------------------------
+
+def test_augmentation_moves_boxes_with_their_lesions():
+    """A bright rectangle is found again where the moved box says, in 200 draws."""
+    moved = zoomed = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        image = np.full((259, 259), 40, np.uint8)
+        x, y = rng.integers(20, 200, 2)
+        image[y:y + 25, x:x + 30] = 200
+        out, boxes = detect.augment(rng, image, np.array([[x, y, x + 30, y + 25]], float))
+        bright = out.astype(float) > 130
+        rows, columns = np.flatnonzero(bright.mean(1) > 0.03), np.flatnonzero(bright.mean(0) > 0.03)
+        found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        assert np.abs(boxes[0] - found).max() <= 1.6, seed
+        w, h = boxes[0, 2:] - boxes[0, :2]
+        moved, zoomed = moved + (abs(boxes[0, 0] - x) > 1), zoomed + (abs(w - 30) > 0.01)
+        assert 7.5 <= w <= 103 and 4.5 <= h <= 91 and boxes.min() >= 0 and boxes.max() <= 259
+    assert 100 < moved < 200 and 60 < zoomed < 140
+
+
+def test_coarse_dropout_spares_the_lesions():
+    holes = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        out, boxes = detect.augment(rng, np.full((259, 259), 200, np.uint8), np.array([[100., 80, 160, 140]]))
+        x0, y0, x1, y1 = boxes[0]
+        inside = out[math.ceil(y0) + 1:int(y1) - 1, math.ceil(x0) + 1:int(x1) - 1]
+        assert (inside > 60).all()
+        holes += (out[out.shape[0] // 2:] == 0).sum() > 100 or (out[:out.shape[0] // 2] == 0).sum() > 100
+    assert 15 < holes < 90
+
+
+def test_zoom_keeps_to_the_box_sizes_of_the_paper():
+    rng = np.random.default_rng(0)
+    large = np.array([[100., 100, 300, 250]])               # 200 wide: at most 206 after the zoom
+    factors = []
+    for _ in range(100):
+        window = detect.zoom_window(rng, 518, large, 1.0)
+        if window:
+            x, y, side = window
+            factors.append(518 / side)
+            assert x <= 100 and y <= 100 and x + side >= 300 and y + side >= 250
+    assert factors and max(factors) <= 1.03 and min(factors) >= 0.8
+    assert detect.zoom_window(rng, 518, np.array([[0., 0, 400, 400]]), 1.0) is None
+    assert detect.zoom_window(rng, 518, np.zeros((0, 4)), 1.0) is not None
+
+
+def test_normal_slices_keep_away_from_lesions():
+    volume = Volume(('p', 's', ''), 'x', lesions=[(10, 0, 0, 1, 1, '')], shape=(40, 5, 5))
+    assert detect.far_from_lesions(volume, 40) == list(range(21, 40))
+    assert detect.normals([volume, Volume(('q', '', ''), 'y'), Volume(('r', '', ''), 'z', normal=False),
+                           Volume(('t', '', ''), 'w', lesions=[(0, 0, 0, 1, 1, '')], shape=(1, 5, 5))]) == [0, 1]
+
+
+def test_an_epoch_holds_every_lesion_and_as_many_normals_whatever_the_ranks():
+    volumes = [Volume((f'p{i}', '', ''), 'x', lesions=[(3, 0, 0, 1, 1, '')] * (i < 6), shape=(40, 5, 5)) for i in range(30)]
+    cfg = Config(epochs=3, batch=8, micro_batch=3, normals=1.0)
+    steps, one = detect.plan(cfg, volumes, 0, 0, 1)
+    one = list(one)
+    assert steps == 2 and [len(micro) for micro in one[:3]] == [3, 3, 2]
+    first = [item for micro in one[:6] for item in micro][:12]
+    assert sorted(v for v, z, *_ in first if z == 3) == list(range(6))
+    assert sum(z is None for _, z, *_ in first) == 6
+    two = [item for rank in (0, 1) for micro in detect.plan(cfg, volumes, 0, rank, 2)[1] for item in micro]
+    assert sorted(two, key=str) == sorted((item for micro in one for item in micro), key=str)
+    later = list(detect.plan(cfg, volumes, 2, 0, 1)[1])
+    assert later == one[-len(later):]
+
+
+# ---- runs ---------------------------------------------------------------------------------------------------------
+
+def cli(*argv):
+    """The script's own entry, in this process."""
+    try:
+        detect.main(list(map(str, argv)))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def torchrun(ranks, *argv):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks),
+               str(ROOT / 'detect.py'), *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope='module')
+def encoder(tmp_path_factory):
+    """A checkpoint as pretrain.py writes it, of a tiny encoder."""
+    path = tmp_path_factory.mktemp('encoder') / 'last.pt'
+    torch.manual_seed(3)
+    model = vit.ViT(**TINY, layerscale=1.0)
+    torch.save(dict(vit=model.config, teacher={f'backbone.{k}': v for k, v in model.state_dict().items()}), path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def lesions(tmp_path_factory):
+    """Volumes of four slices of 80x60, two thirds with a bright square on slices 1 and 2."""
+    root = tmp_path_factory.mktemp('lesions')
+    lines = [HEADER]
+    for i in range(36):
+        rng = np.random.default_rng(i)
+        volume = rng.integers(40, 90, (4, 80, 60)).astype(np.uint8)
+        split = 'train' if i < 20 else 'val' if i < 26 else 'test'
+        if i % 3:
+            x, y, side = *rng.integers(4, 40, 2), int(rng.integers(10, 16))
+            volume[1:3, y:y + side, x:x + side] = 240
+            lines.append(f"{i}.npy|{1 + i % 2}|{x}|{y}|{x + side}|{y + side}|{'cancer' if i % 2 else 'benign'}||p{i}|{split}")
+        else:
+            lines.append(f'{i}.npy||||||||p{i}|{split}')
+        np.save(root / f'{i}.npy', volume)
+    write(root / 'lesions.csv', lines)
+    return root
+
+
+FAST = ('--size', 84, '--channels', 32, '--batch', 8, '--micro_batch', 4, '--workers', 0, '--min_distance', 10, '--draws',
+        100, '--lr', 3e-3, '--dropout', 0.05)
+
+
+@pytest.fixture(scope='module')
+def trained(lesions, encoder, tmp_path_factory):
+    out = tmp_path_factory.mktemp('trained') / 'run'
+    cli('--root', lesions, '--encoder', encoder, '--out', out, *FAST, '--epochs', 6)
+    return out
+
+
+def scores(run):
+    return json.loads((run / 'scores.json').read_text())
+
+
+def test_training_finds_lesions_that_an_untrained_detector_does_not(trained, lesions, encoder, tmp_path, capsys):
+    cli('--root', lesions, '--encoder', encoder, '--out', tmp_path / 'untrained', *FAST, '--epochs', 0)
+    name, = scores(tmp_path / 'untrained')['challenge']
+    before = scores(tmp_path / 'untrained')['challenge'][name]['mean_sensitivity_positive']
+    after, = (v['mean_sensitivity_positive'] for v in scores(trained)['challenge'].values())
+    assert name == 'untrained, pretrained encoder' and after > before + 0.3
+    cli('score', tmp_path / 'untrained', trained, '--out', tmp_path / 'both', '--draws', 50)
+    text = capsys.readouterr().out
+    for words in ('McNemar p = ', 'FAUC-1+', 'benign', 'mean of 1-4', 'AP, ', 'top-1, ', 'sensitivity, all volumes'):
+        assert words in text
+    both = scores(tmp_path / 'both')
+    assert both['min_distance'] == 10 and len(both['against']) == 1 and (tmp_path / 'both/froc.png').exists()
+    found = both['with_lesions'][str(trained)]['mean of 1-4']
+    assert found[0] == pytest.approx(after) and found[1] <= found[0] <= found[2]
+
+
+def test_a_run_leaves_a_submission_that_scores_as_itself(trained):
+    volumes, truth, classes = detect.read_truth(trained / 'labels.csv', trained / 'boxes.csv')
+    rows = detect.read_predictions(trained)
+    assert len(volumes) == 10 and sorted(set(classes)) == ['benign', 'cancer'] and all(s == 4 for _, s in volumes if s < 9)
+    expected, = scores(trained)['challenge'].values()
+    assert detect.froc(volumes, truth, rows, 10) == pytest.approx(expected)
+    x0, y0, x1, y1 = np.array([(x, y, x + w, y + h) for _, x, y, w, h, *_ in rows]).T
+    # pixels of the file, 60x80
+    assert x0.min() >= 0 and y0.min() >= 0 and x1.max() < 60.001 and 62 < y1.max() < 80.001
+    best = max((row for row in rows if row[0] == truth[0][0]), key=lambda row: row[-1])
+    with open(trained / 'predictions.csv') as file:
+        assert file.readline().strip() == 'PatientID,StudyUID,View,X,Width,Y,Height,Z,Depth,Score'
+    assert 0 <= best[5] and best[5] + best[6] <= 4
+
+
+def test_the_list_that_a_run_writes_is_the_data_set_again(trained, lesions):
+    volumes, _ = detect.load(Config(root=str(lesions)))
+    again, _ = detect.load(Config(root=str(trained / 'lesions.csv')))
+    strip = [(v.patient, v.split, v.lesions, v.normal, v.laterality) for v in volumes]
+    assert [(v.patient, v.split, v.lesions, v.normal, v.laterality) for v in again] == strip
+
+
+def weights(run, name='detector'):
+    state = torch.load(run / 'last.pt', weights_only=True)
+    return state['best']['weights'] if name == 'best' else state[name]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(trained, lesions, encoder, tmp_path, monkeypatch):
+    arguments = ('--root', lesions, '--encoder', encoder, '--out', tmp_path / 'run', *FAST, '--epochs', 6)
+    whole, calls = detect.validated, []
+
+    def stops(*given):
+        calls.append(given)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    monkeypatch.setattr(detect, 'validated', stops)
+    with pytest.raises(KeyboardInterrupt):
+        cli(*arguments)
+    monkeypatch.setattr(detect, 'validated', whole)
+    assert torch.load(tmp_path / 'run/last.pt', weights_only=True)['epoch'] == 3
+    with pytest.raises(ValueError, match='holds a run; add --resume'):
+        cli(*arguments)
+    with pytest.raises(ValueError, match='is the run of another recipe: lr 0.003 -> 0.001'):
+        cli(*arguments, '--resume', '--lr', 1e-3)
+    cli(*arguments, '--resume')
+    for name in ('detector', 'best'):
+        one, two = weights(trained, name), weights(tmp_path / 'run', name)
+        assert all(torch.equal(one[k], two[k]) for k in one)
+    assert scores(tmp_path / 'run')['challenge'] == scores(trained)['challenge']
+    assert (tmp_path / 'run/predictions.csv').read_text() == (trained / 'predictions.csv').read_text()
+
+
+def test_two_ranks_give_the_detector_of_one(trained, lesions, encoder, tmp_path):
+    arguments = ('--root', lesions, '--encoder', encoder, *FAST, '--epochs', 2, '--dropout', 0)
+    cli(*arguments, '--out', tmp_path / 'one')
+    rc, text = torchrun(2, *arguments, '--out', tmp_path / 'two', '--micro_batch', 2)
+    assert rc == 0, text
+    one, two = weights(tmp_path / 'one'), weights(tmp_path / 'two')
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 2e-3
+    a, b = (detect.read_predictions(tmp_path / name) for name in ('one', 'two'))
+    assert len(a) == pytest.approx(len(b), rel=0.05)
+
+
+def test_finetuning_moves_the_encoder_and_keeps_it_in_the_checkpoint(lesions, encoder, tmp_path):
+    cli('--root', lesions, '--encoder', encoder, '--out', tmp_path / 'run', *FAST, '--epochs', 1, '--no-freeze')
+    before, after = vit.load(encoder).state_dict(), vit.load(tmp_path / 'run/last.pt').state_dict()
+    assert (before['blocks.0.attn.qkv.weight'] - after['blocks.0.attn.qkv.weight']).abs().max() > 1e-5
+    _, detector, _ = detect.restored(tmp_path / 'run')
+    assert torch.equal(detector.encoder.norm.weight, after['norm.weight'])
+
+
+def test_the_patience_ends_a_run_that_does_not_improve(lesions, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(detect, 'validated', lambda *_: (0.25, 0.5))
+    cli('--root', lesions, '--encoder', encoder, '--out', tmp_path / 'run', *FAST, '--epochs', 9, '--patience', 2)
+    log = [json.loads(line) for line in (tmp_path / 'run/log.jsonl').read_text().splitlines()[1:]]
+    assert [line['epoch'] for line in log] == [0, 1, 2] and log[-1]['best_epoch'] == 0
+
+
+def test_the_search_draws_from_the_paper_s_ranges_and_keeps_the_best(lesions, encoder, tmp_path):
+    for trial in range(300):
+        cfg = detect.drawn(Config(), trial)
+        assert 1e-5 <= cfg.lr <= 1e-2 and 1e-6 <= cfg.wd <= 1e-3 and 0 <= cfg.smoothing <= 0.1 and 0.1 <= cfg.ratio <= 10
+        assert 0.25 <= cfg.alpha <= 0.95 and 0.5 <= cfg.gamma <= 2 and 0.4 <= cfg.high <= 0.6 and 0.2 <= cfg.low <= 0.5
+        assert 0.03 <= cfg.nms <= 0.3 and cfg.dropout in (0.0, 0.05, 0.1, 0.15) and cfg.low <= cfg.high
+    cli('--root', lesions, '--encoder', encoder, '--out', tmp_path / 'run', *FAST, '--epochs', 1, '--search', 2)
+    with open(tmp_path / 'run/trials.csv') as file:
+        trials = list(csv.DictReader(file))
+    best = max(range(2), key=lambda i: float(trials[i]['validation']))
+    kept = torch.load(tmp_path / 'run/last.pt', weights_only=True)
+    assert kept['config']['lr'] == float(trials[best]['lr']) and kept['best']['score'] == float(trials[best]['validation'])
+
+
+def test_predict_writes_findings_in_pixels_of_the_file(trained, lesions, tmp_path, capsys):
+    truth = detect.load(Config(root=str(lesions)))[0][28]
+    (z, x0, y0, x1, y1, _), = truth.lesions
+    cli('predict', truth.path, '--checkpoint', trained, '--out', tmp_path / 'found', '--threshold', 0)
+    found = json.loads((tmp_path / 'found/findings.json').read_text())
+    best = found['findings'][0]
+    assert abs(best['x0'] - x0) < 6 and abs(best['y1'] - y1) < 6 and best['first_frame'] <= best['frame'] <= best['last_frame']
+    assert len(list((tmp_path / 'found').glob('finding_*.png'))) == len(found['findings']) <= 50
+    cli('predict', truth.path, '--checkpoint', trained, '--out', tmp_path / 'found', '--threshold', 1)
+    assert json.loads((tmp_path / 'found/findings.json').read_text())['findings'] == []
+    assert not list((tmp_path / 'found').glob('finding_*.png'))
+    assert '0 findings of score 1.000 or more' in capsys.readouterr().out
+
+
+def test_predict_says_what_is_wrong(trained, encoder, lesions, tmp_path):
+    for arguments, words in (
+            ((tmp_path / 'none.dcm', '--checkpoint', trained), 'none.dcm: no such file'),
+            ((lesions / '0.npy', '--checkpoint', tmp_path), 'takes a folder that detect.py wrote'),
+            ((lesions / '0.npy', '--checkpoint', encoder), 'holds no detector'),
+            ((lesions / '0.npy', '--checkpoint', trained, '--threshold', 2), 'must lie in 0')):
+        with pytest.raises(ValueError, match=words):
+            cli('predict', *arguments)
+
+
+def test_an_unreadable_volume_counts_as_missed(trained, lesions, encoder, tmp_path, capsys, group):
+    bad = tmp_path / 'bad.npy'
+    bad.write_bytes(b'no array')
+    volumes = [Volume(('p', 'bad', ''), str(bad)), Volume(('q', 'good', ''), str(lesions / '1.npy'))]
+    cfg, detector, _ = detect.restored(trained)
+    rows, notes = detect.predicted(cfg, detector, volumes, torch.device('cpu'))
+    assert {row[0] for row in rows} == {1} and len(notes) == 1 and 'bad.npy' in notes[0]
+
+
+def test_one_frame_is_read_at_a_time_and_every_one(trained, lesions, monkeypatch, group):
+    read, seen = mask.read, []
+
+    def counted(path, frame=0, voi=False):
+        seen.append(frame)
+        image = read(path, frame, voi)
+        assert image.ndim == 2
+        return image
+
+    monkeypatch.setattr(mask, 'read', counted)
+    cfg, detector, _ = detect.restored(trained)
+    detect.predicted(cfg, detector, [Volume(('q', 'good', ''), str(lesions / '1.npy'))], torch.device('cpu'))
+    assert seen == [0, 1, 2, 3]
+
+
+def test_prepared_images_are_read_and_boxes_stay_in_pixels_of_the_original(tmp_path):
+    root, small = tmp_path / 'root', tmp_path / 'small'
+    volume = np.random.default_rng(0).integers(0, 4000, (3, 120, 80)).astype(np.uint16)
+    dicom(root / 'a' / 'v.dcm', volume)
+    assert mask.prepare(root, small, side=40) == (1, 0, 0)
+    cfg = Config(root=str(root), images=str(small), size=56)
+    frames = detect.Frames(cfg, [Volume(('p', 'v', ''), str(root / 'a/v.dcm'), lesions=[(1, 10, 20, 40, 60, 'm')],
+                                        shape=(3, 120, 80))])
+    assert frames.plain(0, 1)['shape'] == (120, 80)
+    assert np.abs(frames.plain(0, 1)['image'].astype(int) - np.asarray(Image.fromarray(np.load(small / 'a/v.npy')[1])
+                                                                     .resize((56, 56), Image.Resampling.BICUBIC))).max() == 0
+    sample = frames.augmented(0, 1, 0, 0) if cfg.augment else None
+    assert sample['boxes'].shape == (1, 4)
+    flat = detect.Frames(replace(cfg, augment=False), frames.volumes).augmented(0, 1, 0, 0)
+    assert flat['boxes'][0].tolist() == pytest.approx([7, 28 / 3, 28, 28])
+
+
+def test_flags_that_cannot_work_are_refused_together():
+    with pytest.raises(ValueError) as problem:
+        detect.check(Config(size=500, channels=48, low=0.6, high=0.5, batch=9, lr=0, dropout=2), 2)
+    for words in ('--size 500', '--channels 48', '--low 0.6', '--batch 9 does not divide among 2', '--lr 0', '--dropout 2'):
+        assert words in str(problem.value)
+    with pytest.raises(ValueError, match='--dataset rsna: expected bcs, vindr, cbis, mias, csv'):
+        detect.check(Config(dataset='rsna'), 1)
+
+
+def test_an_encoder_of_another_patch_is_refused(tmp_path):
+    model = vit.ViT(size=64, patch=16, width=32, depth=1, heads=2)
+    torch.save(dict(vit=model.config, teacher={f'backbone.{k}': v for k, v in model.state_dict().items()}), tmp_path / 'p.pt')
+    with pytest.raises(ValueError, match='its patches are 16 pixels wide'):
+        detect.build(Config(encoder=str(tmp_path / 'p.pt')))
+    with pytest.raises(ValueError, match='no such file; --encoder takes'):
+        detect.build(Config(encoder=str(tmp_path / 'gone.pt')))
+
+
+def test_the_defaults_are_the_numbers_of_the_paper():
+    cfg = Config()
+    assert (cfg.size, cfg.channels, cfg.batch, cfg.epochs, cfg.patience, cfg.min_distance) == (518, 256, 64, 50, 10, 100)
+    assert (cfg.alpha, cfg.gamma, cfg.high, cfg.low, cfg.freeze) == (0.25, 2, 0.5, 0.4, True)
+
+
+def submission(tmp_path, predictions, boxes=('p|s|lcc||20|10|10|50|50|cancer|0|40',)):
+    write(tmp_path / 'labels.csv', ['PatientID|StudyUID|View|Normal|Actionable|Benign|Cancer', 'p|s|lcc|0|0|0|1',
+                                    'p|s|rcc|1|0|0|0'])
+    write(tmp_path / 'boxes.csv', ['PatientID|StudyUID|View|Subject|Slice|X|Y|Width|Height|Class|AD|VolumeSlices', *boxes])
+    write(tmp_path / 'sub.csv', ['PatientID|StudyUID|View|X|Width|Y|Height|Z|Depth|Score', *predictions])
+    return ('score', tmp_path / 'sub.csv', '--labels', tmp_path / 'labels.csv', '--boxes', tmp_path / 'boxes.csv', '--out',
+            tmp_path / 'out', '--draws', 20)
+
+
+def test_a_submission_file_is_scored_as_the_challenge_does(tmp_path):
+    cli(*submission(tmp_path, ['p|s|lcc|12|48|11|52|19|2|0.9', 'p|s|rcc|12|48|11|52|19|2|0.95',
+                               'p|s|lcc|700|48|800|52|19|2|0.95']))
+    found, = scores(tmp_path / 'out')['challenge'].values()
+    assert found['sensitivity_at_1_fps_positive'] == 1 and found['sensitivity_at_2_fps_all'] == 1
+    assert scores(tmp_path / 'out')['min_distance'] == 100
+    cli(*submission(tmp_path, []))                          # a header and no prediction: zeros
+    found, = scores(tmp_path / 'out')['challenge'].values()
+    assert set(found.values()) == {0.0}
+
+
+@pytest.mark.parametrize('predictions, boxes, words', [
+    (['p|s|lcc|12|48|11|52|19|2|high'], None, "Score is 'high'"),
+    (['p|s|lcc|12|-48|11|52|19|2|0.5'], None, 'a box of -48x52 in p/s/lcc'),
+    ([], [], 'no lesion, so there is no sensitivity'),
+    ([], ['p|s|lcc||20|10|10|0|50|cancer|0|40'], 'has no area'),
+    ([], ['p|t|lcc||20|10|10|9|50|cancer|0|40'], 'a box in p/t/lcc, which')])
+def test_a_bad_submission_or_truth_is_refused_in_one_sentence(tmp_path, predictions, boxes, words):
+    arguments = submission(tmp_path, predictions) if boxes is None else submission(tmp_path, predictions, boxes)
+    with pytest.raises(ValueError) as problem:
+        cli(*arguments)
+    assert words in str(problem.value) and '\n' not in str(problem.value)
+
+
+def test_a_prediction_in_an_unlisted_volume_is_a_false_positive_and_told(tmp_path, capsys):
+    cli(*submission(tmp_path, ['p|s|lcc|12|48|11|52|19|2|0.5', 'x|y|lcc|12|48|11|52|19|2|0.9']))
+    assert '1 predictions in volumes that are not listed' in capsys.readouterr().out
+    found = scores(tmp_path / 'out')
+    assert list(found['unlisted'].values()) == [1]
+
+
+def test_errors_end_the_script_with_one_sentence(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / 'detect.py'), '--root', str(tmp_path / 'none.csv')],
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.strip().splitlines() == [
+        f'detect.py: {tmp_path}/none.csv: no such file']
+
+
+def test_a_small_demo_runs_and_draws(tmp_path, encoder, capsys):
+    cli('--out', tmp_path / 'demo', '--phantoms', 40, '--epochs', 1, '--size', 84, '--channels', 32, '--encoder', encoder,
+        '--draws', 20)
+    text = capsys.readouterr().out
+    assert text.startswith('SMOKE RUN ON PHANTOMS') and 'trained - untrained' in text
+    for name in ('overlay.png', 'froc.png'):
+        assert np.asarray(Image.open(tmp_path / 'demo' / name)).std() > 5
+    with pytest.raises(ValueError, match='holds runs; choose another --out'):
+        cli('--out', tmp_path / 'demo', '--phantoms', 40)
