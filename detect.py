@@ -359,9 +359,10 @@ def focal_loss(logits, targets, alpha=0.25, gamma=2.0):
 def losses(cfg, logits, deltas, batch, anchors):
     """Sums over a micro-batch: focal loss over all anchors but the ignored, smooth L1 (beta 0.1) over the positives.
     logits (B, A), deltas (B, A, 4), batch['match'] (B, A) as `match` gives it, batch['boxes'] a list of (G, 4)."""
-    positive, counted = batch['match'] >= 0, batch['match'] != -2
+    match = batch['match'].to(logits.device)
+    positive, counted = match >= 0, match != -2
     focal = focal_loss(logits[counted], (1 - cfg.smoothing) * positive[counted], cfg.alpha, cfg.gamma)
-    wanted = [encode(boxes[m[p]], anchors[p]) for boxes, m, p in zip(batch['boxes'], batch['match'], positive)]
+    wanted = [encode(boxes.to(logits.device)[m[p]], anchors[p]) for boxes, m, p in zip(batch['boxes'], match, positive)]
     box = F.smooth_l1_loss(deltas[positive].float(), torch.cat(wanted), beta=0.1, reduction='sum')
     return focal, box
 
@@ -522,8 +523,10 @@ def froc(volumes, truth, predictions, min_distance=100):
 
 def fauc(images, truth, predictions, min_distance=100, x=1.0):
     """FAUC-x (FFDM-SM paper): area under the FROC curve up to x false positives per image, divided by x. A step curve
-    over all scores, the last sensitivity held to x; the paper states none of this. images: ids, numbers or strings, or
-    rows that start with one; truth [id, x, y, w, h], predictions [id, x, y, w, h, score]; slices, where given, play no part."""
+    over all scores, the last sensitivity held to x; the paper states none of this.
+
+    images: ids, numbers or strings, or rows that start with one; truth [id, x, y, w, h], predictions [id, x, y, w, h,
+    score]; slices, where given, play no part."""
     images = [(image if np.ndim(image) == 0 else image[0], math.inf) for image in images]
     m = matched(images, [row[:5] for row in truth], predictions, min_distance)
     return step_area(m, m.everywhere(), x)
@@ -581,8 +584,8 @@ def precision_area(o, weight):
     count, lesions = weight[o.volume], weight[o.home].sum()
     if not lesions:
         return math.nan
-    hits, all_ = np.cumsum(count * o.right), np.maximum(np.cumsum(count), 1e-12)
-    best = np.append(np.maximum.accumulate((hits / all_)[::-1])[::-1], 0)
+    hits, shown = np.cumsum(count * o.right), np.maximum(np.cumsum(count), 1e-12)
+    best = np.append(np.maximum.accumulate((hits / shown)[::-1])[::-1], 0)
     return float(best[np.searchsorted(hits / lesions, np.linspace(0, 1, 101))].mean())
 
 

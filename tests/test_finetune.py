@@ -1,5 +1,4 @@
 """finetune.py: statistics equal trusted ones, labels are read as published, no patient leaks, runs tell the truth."""
-import csv
 import json
 import math
 import os
@@ -7,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -14,7 +14,7 @@ import pydicom
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CASES, ROOT
+from conftest import CASES, ROOT, run_here, run_ranks, write
 from pydicom.dataset import FileMetaDataset
 from pydicom.sequence import Sequence
 from PIL import Image
@@ -24,6 +24,7 @@ import mask
 import vit
 from finetune import Config, Row, resolved
 
+cli, torchrun = partial(run_here, finetune), partial(run_ranks, 'finetune.py')
 STATS = json.loads((CASES / 'stats.json').read_text())
 
 
@@ -32,12 +33,6 @@ def group():
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def write(path, lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'w', newline='') as file:
-        csv.writer(file).writerows(line.split('|') for line in lines)
 
 
 def touch(*paths):
@@ -658,22 +653,6 @@ def test_defaults_follow_the_papers():
 # ---- whole runs ---------------------------------------------------------------------------------------------------
 
 FAST = ['--workers', '0', '--draws', '60', '--epochs', '4']
-
-
-def cli(*argv):
-    """The script's own entry, in this process."""
-    try:
-        finetune.main(list(map(str, argv)))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def torchrun(ranks, *argv):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks),
-               str(ROOT / 'finetune.py'), *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
-    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope='module')
