@@ -23,6 +23,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -54,17 +55,18 @@ def option(default, source, text):
 
 @dataclass
 class Config:
-    """Every field is a flag. Source: [6.2.3] and the like are sections of DBT-DINO, [retinanet] Lin 2017, [ours]."""
+    """Every field is a flag. Source: [6.2.3] and the like are sections of DBT-DINO, [retinanet] is Lin 2017, [dbtex]
+    the challenge, [ours]."""
     dataset: str = option('csv', 'ours', 'bcs, vindr, cbis, mias or csv, a list of your own')
     root: str | None = option(None, 'ours', 'the data set as published, or a list; without it, a demo on phantoms')
     images: str | None = option(None, 'ours', 'where `mask.py prepare` put the images of --root')
     findings: tuple[str, ...] = option((), 'ours', 'the labels that count as lesions, such as Mass; all by default')
     out: str = option('runs/detect', 'ours', 'folder of this run')
-    resume: bool = option(False, 'ours', 'go on with the run in --out, bit for bit')
+    resume: bool = option(False, 'ours', 'go on with the run in --out, on CPU bit for bit')
     encoder: str = option('runs/demo/last.pt', 'ours', 'a checkpoint of ours or the official DINOv2 file')
     random_encoder: bool = option(False, 'ours', 'fresh weights in the shape of --encoder, the row to beat')
     freeze: bool = option(True, '2.4', 'train the detector alone; --no-freeze trains the encoder with it')
-    seed: int = option(0, 'ours', 'validation split, weights, order, augmentation, bootstrap')
+    seed: int = option(0, 'ours', 'splits that are not given, weights, order, augmentation, bootstrap')
     # images
     size: int = option(518, '6.2.3', 'pixels of the squashed image, a multiple of 14')
     augment: bool = option(True, '6.2.3', 'flips, zoom, coarse dropout, gamma, noise')
@@ -96,7 +98,7 @@ class Config:
     search: int = option(0, '6.2.3', 'random trials over the ranges of the paper, the best on validation; 200 there')
     amp: bool | None = option(None, '6.2.3', 'bf16 autocast; by default on GPUs only')
     # scores
-    min_distance: float = option(100.0, 'dbtex', 'pixels from centre to centre that are a hit also for small lesions')
+    min_distance: float = option(100.0, 'dbtex', 'pixels of the file between centres that are a hit at any lesion size')
     draws: int = option(1000, '2.5', 'bootstrap draws of patients')
     phantoms: int = option(400, 'ours', 'demo: volumes, of which 65 % train, 10 % choose and 25 % test')
 
@@ -150,6 +152,14 @@ def cosine(step, steps, start, end, warmup=0):
     return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
 
 
+def commit():
+    """The commit of this file's repository; None outside one."""
+    try:
+        return subprocess.run(['git', '-C', Path(__file__).resolve().parent, 'rev-parse', 'HEAD'], capture_output=True,
+                              text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
 
 def check(cfg, ranks):
     """ValueError for what cannot work, in words, before hours of work."""
@@ -158,10 +168,11 @@ def check(cfg, ranks):
     wrong = [f'--{name} {getattr(cfg, name)} must be above 0 and finite' for name in (
         'patience', 'batch', 'micro_batch', 'lr', 'layer_decay', 'clip', 'channels', 'top', 'gap', 'draws', 'ratio',
         'min_distance') if not 0 < getattr(cfg, name) < math.inf]
-    wrong += [f'--{name} {getattr(cfg, name)} must not be negative' for name in (
-        'seed', 'workers', 'max_bad', 'epochs', 'search', 'wd', 'normals', 'gamma') if getattr(cfg, name) < 0]
+    wrong += [f'--{name} {getattr(cfg, name)} must be 0 or more and finite' for name in (
+        'seed', 'workers', 'epochs', 'search', 'wd', 'normals', 'gamma') if not 0 <= getattr(cfg, name) < math.inf]
     wrong += [f'--{name} {getattr(cfg, name)} must lie in 0 … 1' for name in (
-        'dropout', 'high', 'low', 'alpha', 'smoothing', 'nms', 'overlap') if not 0 <= getattr(cfg, name) <= 1]
+        'max_bad', 'dropout', 'high', 'low', 'alpha', 'smoothing', 'nms', 'overlap')
+        if not 0 <= getattr(cfg, name) <= 1]
     if cfg.size % 14 or cfg.size < 84:
         wrong.append(f'--size {cfg.size} must be a multiple of the patch, 14, and at least 84')
     if cfg.channels % 32:
@@ -234,7 +245,7 @@ def area(boxes):
     return (boxes[:, 2:] - boxes[:, :2]).prod(-1)
 
 
-def iou(a, b):
+def pairwise_iou(a, b):
     """Intersection over union of boxes a (n, 4) and b (m, 4) -> (n, m), 0 where both are empty."""
     common = intersection(a, b)
     return common / (area(a)[:, None] + area(b)[None] - common).clamp_min(1e-12)
@@ -249,7 +260,7 @@ def match(boxes, anchors, high=0.5, low=0.4):
     """
     if not len(boxes):
         return torch.full((len(anchors),), -1, device=anchors.device)
-    overlap = iou(boxes, anchors)                                                       # (G, A)
+    overlap = pairwise_iou(boxes, anchors)                                                       # (G, A)
     best, lesion = overlap.max(0)
     matched = torch.where(best >= high, lesion, torch.where(best < low, -1, -2))
     most = overlap.max(1, keepdim=True).values
@@ -262,9 +273,7 @@ def nms(boxes, scores, iou=0.5, top=None):
     order, kept = torch.sort(scores, descending=True, stable=True).indices, []
     while len(order) and len(kept) != top:
         kept.append(order[0])
-        common = intersection(boxes[order[:1]], boxes[order])[0]
-        union = area(boxes[order[:1]]) + area(boxes[order]) - common
-        order = order[1:][(common / union.clamp_min(1e-12) <= iou)[1:]]
+        order = order[1:][pairwise_iou(boxes[order[:1]], boxes[order[1:]])[0] <= iou]
     return torch.stack(kept) if kept else order
 
 
@@ -291,13 +300,26 @@ class Pyramid(nn.Module):
         return [self.p3(finer), self.p4(x), p5, self.p6(p5)]
 
 
-def tower(channels, outputs, dropout):
-    """Four times 3x3 convolution, GroupNorm, ReLU, dropout; then the 3x3 convolution that answers."""
-    layers = []
-    for i in range(4):
-        layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(32, channels), nn.ReLU(),
-                   nn.Dropout2d(dropout / 2 if i < 3 else dropout)]
-    return nn.Sequential(*layers, nn.Conv2d(channels, outputs, 3, padding=1))
+class Tower(nn.Module):
+    """Four times 3x3 convolution, GroupNorm, ReLU, dropout; then the 3x3 convolution that answers, shared by all
+    levels: (B, C, h, w) -> (B, outputs, h, w). It answers in fp32, since half precision has too few numbers to tell
+    thousands of small scores apart."""
+
+    def __init__(self, channels, outputs, dropout):
+        super().__init__()
+        self.conv = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(4))
+        self.norm = nn.ModuleList(nn.GroupNorm(32, channels) for _ in range(4))
+        self.drop = nn.ModuleList(nn.Dropout2d(p) for p in (*[dropout / 2] * 3, dropout))
+        self.answer = nn.Conv2d(channels, outputs, 3, padding=1)
+        for layer in (*self.conv, self.answer):
+            nn.init.normal_(layer.weight, std=0.01)
+        nn.init.zeros_(self.answer.bias)
+
+    def forward(self, x):
+        for conv, norm, drop in zip(self.conv, self.norm, self.drop):
+            x = drop(F.relu(norm(conv(x))))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.answer(x.float())
 
 
 class Detector(nn.Module):
@@ -307,13 +329,9 @@ class Detector(nn.Module):
         super().__init__()
         self.encoder, self.freeze, shapes = encoder, freeze, len(RATIOS) * len(SCALES)
         self.pyramid = Pyramid(encoder.config['width'], channels)
-        self.classify = tower(channels, shapes, dropout)
-        self.regress = tower(channels, 4 * shapes, dropout)
-        for layer in (*self.classify, *self.regress):
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=0.01)
-        nn.init.zeros_(self.regress[-1].bias)
-        nn.init.constant_(self.classify[-1].bias, -math.log((1 - 0.01) / 0.01))         # every anchor starts at 0.01
+        self.classify = Tower(channels, shapes, dropout)
+        self.regress = Tower(channels, 4 * shapes, dropout)
+        nn.init.constant_(self.classify.answer.bias, -math.log((1 - 0.01) / 0.01))      # every anchor starts at 0.01
         encoder.requires_grad_(not freeze)
         encoder.mask_token.requires_grad_(False)            # nothing is masked here; DDP waits for every gradient
 
@@ -324,6 +342,7 @@ class Detector(nn.Module):
         return self
 
     def forward(self, images):
+        """(B, 1, S, S) -> (B, A), (B, A, 4), both fp32"""
         with contextlib.nullcontext() if not self.freeze else torch.no_grad():
             tokens = self.encoder(images)[1]                                            # (B, N, D)
         logits, deltas = [], []
@@ -420,11 +439,16 @@ def merge_slices(boxes, scores, slices, overlap=0.5, gap=1):
     """The boxes of all slices of a volume, boxes (n, 4), scores (n,), slices (n,) -> its `findings` as rows
     x y w h z depth score (m, 7), best first: place and score of the best box, z the first and z + depth - 1 the last
     slice."""
+    return merged(boxes, scores, slices, overlap, gap)[:, :7]
+
+
+def merged(boxes, scores, slices, overlap, gap):
+    """(m, 8), the slice of the best box last"""
     boxes, rows = np.asarray(boxes, float).reshape(-1, 4), []
     for group, first, last in findings(boxes, scores, slices, overlap, gap):
         x0, y0, x1, y1 = boxes[group[0]]
-        rows.append((x0, y0, x1 - x0, y1 - y0, first, last - first + 1, scores[group[0]]))
-    return np.array(rows, float).reshape(-1, 7)
+        rows.append((x0, y0, x1 - x0, y1 - y0, first, last - first + 1, scores[group[0]], slices[group[0]]))
+    return np.array(rows, float).reshape(-1, 8)
 
 
 # ---- the score (DBTex challenge, and the two papers beside DBT-DINO) ------------------------------------------------
@@ -439,14 +463,14 @@ class Matched:
     best: np.ndarray            # (G,) the highest score that hit it, -inf for none
     volumes: int                # V
 
-    def everywhere(self):
+    def each(self):
         """Weight 1 for each volume, and for predictions in no listed volume, at -1: false positives all the same."""
         return np.ones(self.volumes + 1)
 
-    def with_lesions(self, weight=None):
+    def ill(self, weight=None):
         """The weights of the volumes that hold a lesion; 0 for the others and the unlisted."""
         held = np.bincount(self.home, minlength=self.volumes + 1) > 0
-        return held * (self.everywhere() if weight is None else weight)
+        return held * (self.each() if weight is None else weight)
 
 
 def matched(volumes, truth, predictions, min_distance=100):
@@ -475,8 +499,8 @@ def matched(volumes, truth, predictions, min_distance=100):
                 nearest, least = g, math.hypot(dx, dy, dz)
         hit.append(nearest)
     score, hit = np.array([row[-1] for row in predictions], float), np.array(hit, int)
-    if np.isnan(score).any():
-        raise ValueError('a prediction without a score')
+    if not np.isfinite(score).all():
+        raise ValueError('a score that is no finite number')
     best = np.full(len(truth), -np.inf)
     np.maximum.at(best, hit[hit >= 0], score[hit >= 0])
     return Matched(score, hit, np.array([number.get(row[0], -1) for row in predictions], int),
@@ -514,10 +538,13 @@ def froc(volumes, truth, predictions, min_distance=100):
     """The challenge's numbers, keys as its evaluator has them: sensitivity at 1, 2, 3, 4 false positives per volume
     over the volumes with a lesion, their mean, which ranks, and at 2 over all volumes. Rows as in `matched`. Without a
     prediction all are 0; without a lesion they are not defined and NaN."""
-    m = matched(volumes, truth, predictions, min_distance)
-    at = sensitivity(m, [1, 2, 3, 4], m.with_lesions())
-    return dict(sensitivity_at_2_fps_all=float(sensitivity(m, 2, m.everywhere())),
-                **{f'sensitivity_at_{k}_fps_positive': float(s) for k, s in zip((1, 2, 3, 4), at)},
+    return challenge(matched(volumes, truth, predictions, min_distance))
+
+
+def challenge(m):
+    at = sensitivity(m, [1, 2, 3, 4], m.ill())
+    return dict(sensitivity_at_2_fps_all=float(sensitivity(m, 2, m.each())),
+                **{f'sensitivity_at_{k}_fps_positive': float(v) for k, v in zip((1, 2, 3, 4), at)},
                 mean_sensitivity_positive=float(at.mean()))
 
 
@@ -529,7 +556,7 @@ def fauc(images, truth, predictions, min_distance=100, x=1.0):
     score]; slices, where given, play no part."""
     images = [(image if np.ndim(image) == 0 else image[0], math.inf) for image in images]
     m = matched(images, [row[:5] for row in truth], predictions, min_distance)
-    return step_area(m, m.everywhere(), x)
+    return step_area(m, m.each(), x)
 
 
 def step_area(m, weight, x=1.0):
@@ -567,7 +594,7 @@ def overlapping(truth, predictions, threshold, number):
             continue
         fit = np.zeros(0)
         if name in lesions:
-            fit = iou(torch.tensor([[x, y, x + w, y + h]], dtype=torch.float64), lesions[name])[0].numpy()
+            fit = pairwise_iou(torch.tensor([[x, y, x + w, y + h]], dtype=torch.float64), lesions[name])[0].numpy()
             first.setdefault(number[name], bool((fit >= threshold).any()))
             fit = np.where(free.setdefault(name, np.ones(len(fit), bool)), fit, -1)
         taken = len(fit) > 0 and fit.max() >= threshold
@@ -648,7 +675,7 @@ def lines_of(path, *columns):
     return [dict(zip(header, (value.strip() for value in line + [''] * len(header)))) for line in lines[1:]]
 
 
-def number(line, name, path):
+def value_of(line, name, path):
     """A cell as a number; ValueError names file, column and what stands there."""
     try:
         value = float(line[name])
@@ -671,14 +698,14 @@ def bcs(cfg):
     Slices count from 0. Actionable volumes, recalled but without a box, are no normals."""
     volumes, found = {}, {}
     for i, (part, total) in enumerate(BCS_VOLUMES.items()):
-        names = [sorted(Path(cfg.root).glob(f'BCS-DBT-{kind}-{part}*.csv')) for kind in (
+        names = [sorted(Path(cfg.root).glob(f'BCS-DBT-{kind}-{part}*.csv'), key=lambda path: path.stem) for kind in (
             'labels', 'boxes', 'file-paths')]
         if not any(names):
             continue
         if not all(names):
             raise ValueError(f'{cfg.root}: BCS-DBT-labels, -boxes and -file-paths-{part}*.csv belong together; not all '
                              'are there')
-        labels, boxes, paths = (of[-1] for of in names)     # -v2 comes after the first edition
+        labels, boxes, paths = (of[-1] for of in names)     # the longest name, such as -v2, is the latest edition
         files = {bcs_key(line): line for line in lines_of(paths, *KEY, 'descriptive_path', 'classic_path')}
         count = dict.fromkeys(BCS_COUNTS, 0)
         split = 'val' if part == 'validation' else part
@@ -693,7 +720,7 @@ def bcs(cfg):
         for line in lines_of(boxes, *KEY, 'Slice', 'X', 'Y', 'Width', 'Height', 'Class'):
             if bcs_key(line) not in volumes:
                 raise ValueError(f"{boxes}: a box in {'/'.join(bcs_key(line))}, which {labels.name} does not list")
-            z, x, y, w, h = (number(line, name, boxes) for name in ('Slice', 'X', 'Y', 'Width', 'Height'))
+            z, x, y, w, h = (value_of(line, name, boxes) for name in ('Slice', 'X', 'Y', 'Width', 'Height'))
             volumes[bcs_key(line)].lesions.append((int(z), x, y, x + w, y + h, line['Class']))
         mine = [volume for volume in volumes.values() if volume.split == split]
         count |= dict(boxes=sum(len(v.lesions) for v in mine), volumes_with_boxes=sum(bool(v.lesions) for v in mine))
@@ -725,8 +752,8 @@ def bcs_file(cfg, line):
 
 
 def vindr(cfg):
-    """VinDr-Mammo: finding_annotations.csv, images/<study>/<image>.dicom, official split. The label of a box is its
-    first category."""
+    """VinDr-Mammo: finding_annotations.csv, images/<study>/<image>.dicom, official split. The label of a box is the
+    first of its categories, or the first that --findings names."""
     path, images = Path(cfg.root) / 'finding_annotations.csv', {}
     for line in lines_of(path, 'study_id', 'image_id', 'laterality', 'view_position', 'finding_categories', 'xmin',
                          'ymin', 'xmax', 'ymax', 'split'):
@@ -734,8 +761,10 @@ def vindr(cfg):
         file = f"{cfg.root}/images/{line['study_id']}/{line['image_id']}.dicom"
         volume = images.setdefault(key, Volume(key, file, line['split'].removesuffix('ing')))
         if line['xmin']:
-            label = (re.findall("'([^']+)'", line['finding_categories']) or ['lesion'])[0]
-            volume.lesions.append((0, *(number(line, name, path) for name in ('xmin', 'ymin', 'xmax', 'ymax')), label))
+            labels = re.findall("'([^']+)'", line['finding_categories']) or ['lesion']
+            label = next((label for label in labels if label in cfg.findings), labels[0])
+            box = (value_of(line, name, path) for name in ('xmin', 'ymin', 'xmax', 'ymax'))
+            volume.lesions.append((0, *box, label))
     return list(images.values()), []
 
 
@@ -744,7 +773,7 @@ def cbis(cfg):
     that of its ROI mask. Mask and crop are swapped in part of the rows, so the mask is told by its pixels: of the
     files of both columns the largest that holds two values. A mask of another size is scaled, one of another shape
     leaves the film out, with a note. A patient in training and test keeps the test films."""
-    films, places, notes = defaultdict(list), defaultdict(list), []
+    films, places, notes, left_out = defaultdict(list), defaultdict(list), [], {}
     for path in sorted(Path(cfg.root).glob('????_case_description_*_set.csv')):
         for line in lines_of(path, 'patient_id', 'left or right breast', 'image view', 'abnormality id', 'pathology',
                              'image file path', 'cropped image file path', 'ROI mask file path'):
@@ -772,11 +801,14 @@ def cbis(cfg):
                 label = 'cancer' if line['pathology'] == 'MALIGNANT' else 'benign'
                 volume.lesions.append((0, *roi_box(sorted(rois), volume.shape[1:]), label))
         except (ValueError, OSError) as problem:
-            if os.path.exists(film):
-                notes.append(f'{key[1]} takes no part: {problem}')
-                continue
-            volume.lesions = [(0, 0, 0, 1, 1, '')] * len(found)             # `present` counts what a missing film held
+            left_out[key[1]] = f'{key[1]} ({len(found)} lesions): {problem}'
+            continue
         volumes.append(volume)
+    if left_out:
+        told, (first, *_) = f'{len(left_out)} of {len(films)} films have no box', left_out.values()
+        if len(left_out) > cfg.max_bad * len(films):
+            raise ValueError(f'{told}, --max_bad is {cfg.max_bad}; the first: {first}')
+        notes.append(f"{told} and take no part: {'; '.join(left_out.values())}")
     test = {volume.patient for volume in volumes if volume.split == 'test'}
     both = sorted({volume.patient for volume in volumes if volume.split == 'train'} & test)
     if both:
@@ -786,10 +818,13 @@ def cbis(cfg):
 
 
 def roi_box(files, shape):
-    """The box of the mask among these files, in the pixels of a film of shape (H, W)."""
+    """The box of the largest piece of the mask among these files, in the pixels of a film of shape (H, W)."""
     sizes = {file: mask.shape(file)[1:] for file in files}
     for file in sorted(files, key=lambda file: -math.prod(sizes[file])):
-        roi = mask.read(file)
+        try:
+            roi = mask.read(file)
+        except ValueError:                                  # a constant image, for one
+            continue
         if np.isin(roi, (0, 255)).all() and roi.any():
             piece, pieces = ndimage.label(roi)
             y, x = ndimage.find_objects(piece)[np.bincount(piece.ravel())[1:].argmax()]
@@ -841,8 +876,8 @@ def listed(cfg):
         if (volume.path, volume.split, volume.key) != (file, split, key):
             raise ValueError(f'{path}: volume {name} has rows with different paths, patients or splits')
         if any(line[edge] for edge in edges):
-            box = (number(line, edge, path) for edge in edges)
-            z = number(line, 'frame', path) if line.get('frame') else 0
+            box = (value_of(line, edge, path) for edge in edges)
+            z = value_of(line, 'frame', path) if line.get('frame') else 0
             if z != int(z):
                 raise ValueError(f'{path}: frame {z} of {name} is no whole number')
             volume.lesions.append((int(z), *box, line.get('label') or 'lesion'))
@@ -859,52 +894,62 @@ DATASETS = dict(bcs=bcs, vindr=vindr, cbis=cbis, mias=mias, csv=listed)
 def load(cfg):
     """-> volumes with splits and checked boxes, notes: what was left out and why, one sentence each."""
     volumes, notes = DATASETS[cfg.dataset](cfg)
-    volumes = present(cfg, volumes, notes)
     if cfg.findings:
         kept = [[lesion for lesion in v.lesions if lesion[-1] in cfg.findings] for v in volumes]
         dropped = sum(len(v.lesions) for v in volumes) - sum(map(len, kept))
         notes.append(f"lesions other than {', '.join(cfg.findings)} do not count, and their images are no normals: "
                      f'{dropped}')
         volumes = [replace(v, lesions=k, normal=v.normal and len(k) == len(v.lesions)) for v, k in zip(volumes, kept)]
-    check_boxes(volumes, notes)
-    return assign(cfg, volumes, notes), notes
+    volumes = usable(cfg, assign(cfg, volumes), notes)
+    for split in ('train', 'val', 'test'):
+        if not any(v.lesions for v in volumes if v.split == split):
+            raise ValueError('; '.join([f'the {split} split holds no lesion', *notes]))
+    return volumes, notes
 
 
-def present(cfg, volumes, notes):
-    """The volumes whose file is there; the others are named, and too many of them are an error."""
-    absent = [v for v in volumes if not os.path.isfile(v.path)]
-    if absent:
-        told = (f"{len(absent)} of {len(volumes)} files are not there, with {sum(len(v.lesions) for v in absent)} "
-                f'lesions; the first: {absent[0].path}')
-        if len(absent) > cfg.max_bad * len(volumes):
-            raise ValueError(f'{told}; --max_bad is {cfg.max_bad}. Is --root the right folder?')
-        notes.append(f'{told}; they take no part')
-    gone = {id(v) for v in absent}
-    return [v for v in volumes if id(v) not in gone]
-
-
-def check_boxes(volumes, notes):
-    """Every box has an area, lies on a frame that exists, and meets the image; ValueError for the first that does not.
-    Those that stick out are counted."""
-    out = 0
-    for v in tqdm([v for v in volumes if v.lesions], desc='reading headers', unit='file', delay=2):
-        v.shape = K, H, W = v.shape or mask.shape(v.path)
-        for z, x0, y0, x1, y1, _ in v.lesions:
-            box = f"{v.path}: the box {x0:g} {y0:g} {x1:g} {y1:g} on frame {z}"
-            if x1 <= x0 or y1 <= y0:
-                raise ValueError(f'{box} has no area; expected x0 < x1 and y0 < y1')
-            if not 0 <= z < K:
-                raise ValueError(f'{box}: the file has frames 0 to {K - 1}')
-            if x1 <= 0 or y1 <= 0 or x0 >= W or y0 >= H:
-                raise ValueError(f'{box} lies outside the image, {W}x{H}')
-            out += x0 < 0 or y0 < 0 or x1 > W or y1 > H
+def usable(cfg, volumes, notes):
+    """The volumes whose file is there and, where it holds lesions, has a header that fits them. In training and
+    validation the others are left out; in the test set they stay, so that their lesions count as missed. More than
+    --max_bad of a split are an error, and so is a box that cannot be."""
+    kept, bad, out = [], defaultdict(list), 0
+    paths = [prepared(cfg, v.path) for v in volumes]
+    for v, path in zip(tqdm(volumes, desc='looking for files', unit='file', delay=2), paths):
+        try:
+            if not os.path.isfile(path):
+                raise OSError(f'{path}: no such file')
+            if v.lesions:
+                v.shape = v.shape or mask.shape(v.path)
+        except (ValueError, OSError) as problem:
+            bad[v.split].append((v, problem))
+            continue
+        kept.append(v)
+        out += sum(check_box(v, *lesion) for lesion in v.lesions)
+    for split, found in bad.items():
+        count, lesions = sum(v.split == split for v in volumes), sum(len(v.lesions) for v, _ in found)
+        told = f'{len(found)} of {count} {split} files cannot be used, with {lesions} lesions; the first: {found[0][1]}'
+        if len(found) > cfg.max_bad * count:
+            raise ValueError(f'{told}; --max_bad is {cfg.max_bad}. Are --root and --images the right folders?')
+        notes.append(f"{told}; {'their lesions count as missed' if split == 'test' else 'they take no part'}")
     if out:
         notes.append(f'{out} boxes stick out of their image; they count as they are, training sees what is inside')
+    return kept + [v for v, _ in bad['test']]
 
 
-def assign(cfg, volumes, notes):
-    """Official splits stay. Without a test set a fifth of the patients becomes one, without a validation set a fifth of
-    the rest, those with lesions and those without alike, by seed and name."""
+def check_box(volume, z, x0, y0, x1, y1, _):
+    """Whether the box sticks out of its image. ValueError where it has no area, no frame, or misses the image."""
+    (K, H, W), box = volume.shape, f'{volume.path}: the box {x0:g} {y0:g} {x1:g} {y1:g} on frame {z}'
+    if x1 <= x0 or y1 <= y0:
+        raise ValueError(f'{box} has no area; expected x0 < x1 and y0 < y1')
+    if not 0 <= z < K:
+        raise ValueError(f'{box}: the file has frames 0 to {K - 1}')
+    if x1 <= 0 or y1 <= 0 or x0 >= W or y0 >= H:
+        raise ValueError(f'{box} lies outside the image, {W}x{H}')
+    return x0 < 0 or y0 < 0 or x1 > W or y1 > H
+
+
+def assign(cfg, volumes):
+    """Splits that are given stay. Without any a fifth of the patients becomes the test set, and without a validation
+    set a fifth of the rest that, those with lesions and those without alike, by seed and name."""
     splits = defaultdict(set)
     for v in volumes:
         splits[v.patient].add(v.split)
@@ -914,17 +959,14 @@ def assign(cfg, volumes, notes):
                          f"{' and '.join(sorted(splits[leaks[0]]))}")
     for split, free in (('test', ''), ('val', 'train')):
         if not any(v.split == split for v in volumes):
-            pool, ill = [v for v in volumes if v.split == free], defaultdict(bool)
+            pool, ill, taken = [v for v in volumes if v.split == free], defaultdict(bool), set()
             for v in pool:
                 ill[v.patient] |= bool(v.lesions)
             order = sorted(ill, key=lambda name: hashlib.sha256(f'{cfg.seed} {name}'.encode()).digest())
-            taken = {name for sick in (True, False) for group in [[n for n in order if ill[n] == sick]]
-                     for name in group[:round(0.2 * len(group))]}
+            for group in ([n for n in order if ill[n]], [n for n in order if not ill[n]]):
+                taken |= set(group[:round(0.2 * len(group))])
             for v in pool:
                 v.split = split if v.patient in taken else 'train'
-    for split in ('train', 'val', 'test'):
-        if not any(v.lesions for v in volumes if v.split == split):
-            raise ValueError('; '.join([f'the {split} split holds no lesion', *notes]))
     return volumes
 
 
@@ -935,7 +977,11 @@ def prepared(cfg, path):
     if not cfg.images:
         return path
     root = cfg.root if os.path.isdir(cfg.root) else os.path.dirname(cfg.root) or '.'
-    mirror = Path(cfg.images, os.path.relpath(path, root))
+    name = os.path.relpath(path, root)
+    if name.startswith('..'):
+        raise ValueError(f'{path} lies outside {root}, so --images cannot mirror it; give the folder of the data set '
+                         'as --root')
+    mirror = Path(cfg.images, name)
     return str(next((p for p in (mirror, mirror.with_suffix('.npy'), Path(f'{mirror}.npy')) if p.exists()), mirror))
 
 
@@ -947,9 +993,9 @@ def upright(image, laterality):
 
 
 class Frames(Dataset):
-    """(number of the volume, frame) -> that frame, upright, squashed to (S, S), with the size of the file's; for
-    training (number, frame or None for a normal one, epoch, index), and augmented, with boxes and matches. A file that
-    cannot be read gives its reason instead."""
+    """(number of the volume, frame, or None for a normal one) -> that frame, upright, squashed to (S, S), with the size
+    of the file's; for training (number, frame or None, epoch, index), and augmented, with boxes and matches. A file
+    that cannot be read gives its reason instead."""
 
     def __init__(self, cfg, volumes):
         self.cfg, self.volumes, self.anchors, self.turned = cfg, volumes, anchors(cfg.size), {}
@@ -977,28 +1023,41 @@ class Frames(Dataset):
         return np.asarray(squashed), image.shape
 
     def plain(self, v, z):
-        image, shape = self.read(v, z)
-        if self.cfg.images:
-            shape = mask.shape(self.volumes[v].path)[1:]
-        return dict(volume=v, frame=z, image=image, shape=shape)
+        """For prediction; z None is the middle one of the normal frames."""
+        volume, frame = self.volumes[v], z
+        if z is None:
+            away = far_from_lesions(volume, mask.shape(volume.path)[0])
+            frame = away[len(away) // 2]
+        image, shape = self.read(v, frame)
+        return dict(volume=v, frame=z, image=image, shape=mask.shape(volume.path)[1:] if self.cfg.images else shape)
 
     def augmented(self, v, z, epoch, index):
+        """For training; z None is any of the normal frames."""
         rng, volume = np.random.default_rng([self.cfg.seed, epoch, index]), self.volumes[v]
         K, H, W = volume.shape or mask.shape(volume.path)
         if z is None:
             away = far_from_lesions(volume, K)
             z = away[rng.integers(len(away))]
         image, _ = self.read(v, z)
-        boxes = on_frame(volume, z, (H, W), self.cfg.size)
+        here = on_frame(volume, [z], (H, W), self.cfg.size)
+        near = on_frame(volume, within_reach(volume, z, K), (H, W), self.cfg.size)
+        boxes = np.concatenate([here, near])
         if self.cfg.augment:
             image, boxes = augment(rng, image, boxes)
-        boxes = torch.from_numpy(boxes).float()
-        return dict(image=image, boxes=boxes, match=match(boxes, self.anchors, self.cfg.high, self.cfg.low))
+        here, near = torch.from_numpy(boxes).float().split([len(here), len(near)])
+        matched, other = (match(part, self.anchors, self.cfg.high, self.cfg.low) for part in (here, near))
+        matched[(matched == -1) & (other != -1)] = -2       # a lesion marked on another slice is no background here
+        return dict(image=image, boxes=here, match=matched)
 
 
 def marked(volume):
     """Its annotated frames"""
     return sorted({lesion[0] for lesion in volume.lesions})
+
+
+def within_reach(volume, z, K):
+    """Other annotated frames whose lesions may be seen on frame z"""
+    return [other for other in marked(volume) if 0 < abs(other - z) <= K / 4]
 
 
 def far_from_lesions(volume, K):
@@ -1007,10 +1066,10 @@ def far_from_lesions(volume, K):
     return [z for z in range(K) if all(abs(z - lesion[0]) > K / 4 for lesion in volume.lesions)]
 
 
-def on_frame(volume, z, shape, size):
-    """The boxes of one frame in the pixels of the squashed image, cut at its borders: (G, 4)."""
+def on_frame(volume, frames, shape, size):
+    """The boxes marked on these frames in the pixels of the squashed image, cut at its borders: (G, 4)."""
     H, W = shape
-    boxes = np.array([lesion[1:5] for lesion in volume.lesions if lesion[0] == z], float).reshape(-1, 4)
+    boxes = np.array([lesion[1:5] for lesion in volume.lesions if lesion[0] in frames], float).reshape(-1, 4)
     return (boxes * np.array([size / W, size / H] * 2)).clip(0, size)
 
 
@@ -1126,8 +1185,12 @@ def train(cfg, volumes, device, out):
     groups = vit.param_groups(detector, cfg.lr, cfg.wd, cfg.layer_decay)
     groups = [group | dict(params=[p for p in group['params'] if p.requires_grad]) for group in groups]
     optimizer = torch.optim.AdamW([group for group in groups if group['params']])
-    start, best = restore(cfg, out, detector, optimizer) if cfg.resume and (out / 'last.pt').exists() else (0, dict(
-        score=-1.0, epoch=-1, threshold=0.5, weights=copied(detector)))
+    start, best, data = 0, dict(score=-1.0, epoch=-1, threshold=0.5, weights=copied(detector)), fingerprint(volumes)
+    if cfg.resume and (out / 'last.pt').exists():
+        start, best = restore(cfg, out, detector, optimizer, data)
+    elif rank == 0:
+        header = dict(config=asdict(cfg), torch=torch.__version__, commit=commit())
+        (out / 'log.jsonl').write_text(json.dumps(header) + '\n')
 
     per_epoch, items = plan(cfg, parts['train'], start, rank, ranks)
     steps, accumulate = cfg.epochs * per_epoch, math.ceil(cfg.batch // ranks / cfg.micro_batch)
@@ -1140,6 +1203,7 @@ def train(cfg, volumes, device, out):
         if epoch - best['epoch'] > cfg.patience:
             break
         began, sums = time.time(), torch.zeros(3, device=device)
+        norms = []
         detector.train()
         for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
             torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]))    # dropout
@@ -1160,9 +1224,9 @@ def train(cfg, volumes, device, out):
                     loss = cfg.ratio * terms[0] + terms[1]
                     (ranks * loss).backward()               # DDP takes the mean over ranks, the loss is their sum
                 sums += torch.stack([loss, *terms]).detach()
-            norm = nn.utils.clip_grad_norm_(detector.parameters(), cfg.clip)
-            if not math.isfinite(norm):
-                raise ValueError(f'step {step}: the gradient is not finite; choose another --out and a lower --lr')
+            norms.append(nn.utils.clip_grad_norm_(detector.parameters(), cfg.clip).item())
+            if not math.isfinite(norms[-1]):
+                raise FloatingPointError(f'step {step}: the gradient is not finite; choose another --out, a lower --lr')
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
@@ -1171,18 +1235,19 @@ def train(cfg, volumes, device, out):
         score, threshold = validated(cfg, detector, parts['val'], device)
         if score > best['score']:
             best = dict(score=score, epoch=epoch, threshold=threshold, weights=copied(detector))
-        line = dict(epoch=epoch, **dict(zip(('loss', 'focal', 'box'), (sums / per_epoch).tolist())), validation=score,
+        line = dict(epoch=epoch, **dict(zip(('loss', 'focal', 'box'), (sums / per_epoch).tolist())),
+                    grad_norm=sum(norms) / per_epoch, validation=score,
                     best=best['score'], best_epoch=best['epoch'],
                     images_per_s=cfg.batch * per_epoch / (time.time() - began))
         bar.set_postfix({k: f'{line[k]:.3f}' for k in ('loss', 'validation', 'best')})
         if rank == 0:
-            keep(cfg, out, detector, optimizer, epoch + 1, best)
+            keep(cfg, out, detector, optimizer, data, epoch + 1, best)
             with open(out / 'log.jsonl', 'a') as file:
                 file.write(json.dumps(line) + '\n')
     bar.close()
     detector.load_learnt(best['weights'])
     if rank == 0 and not (out / 'last.pt').exists():        # --epochs 0
-        keep(cfg, out, detector, optimizer, 0, best)
+        keep(cfg, out, detector, optimizer, data, 0, best)
     dist.barrier()
     return detector, best
 
@@ -1213,20 +1278,20 @@ def build(cfg):
 SMALL = dict(size=84, width=128, depth=4, heads=4)          # the demo of pretrain.py
 
 
-def keep(cfg, out, detector, optimizer, epoch, best):
+def keep(cfg, out, detector, optimizer, data, epoch, best):
     """OUT/last.pt: the best weights for use, and the current ones and the optimizer for an exact continuation."""
     encoder = detector.encoder.state_dict() if cfg.freeze else {
         k.removeprefix('encoder.'): v for k, v in best['weights'].items() if k.startswith('encoder.')}
-    save(out / 'last.pt', dict(config=asdict(cfg), vit=detector.encoder.config, epoch=epoch, best=best,
+    save(out / 'last.pt', dict(config=asdict(cfg), vit=detector.encoder.config, data=data, epoch=epoch, best=best,
                                teacher={f'backbone.{k}': v.cpu() for k, v in encoder.items()},
                                detector=copied(detector), optimizer=optimizer.state_dict()))
 
 
-def restore(cfg, out, detector, optimizer):
-    """-> the epoch to go on with, and the best so far. A changed recipe is refused."""
+def restore(cfg, out, detector, optimizer, data):
+    """-> the epoch to go on with, and the best so far. A changed recipe is refused, and so is other data."""
     path = out / 'last.pt'
-    free = {'resume', 'root', 'images', 'out', 'encoder', 'workers', 'max_bad', 'draws', 'min_distance', 'top',
-            'overlap', 'gap'}
+    free = {'resume', 'root', 'images', 'out', 'encoder', 'workers', 'max_bad', 'draws', 'min_distance', 'overlap',
+            'gap', 'search'}
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
         changed = [f"{k} {state['config'].get(k)} -> {v}" for k, v in asdict(cfg).items()
@@ -1236,33 +1301,39 @@ def restore(cfg, out, detector, optimizer):
                 detector.encoder.load_state_dict({k.removeprefix('backbone.'): v for k, v in state['teacher'].items()})
             detector.load_learnt(state['detector'])
             optimizer.load_state_dict(state['optimizer'])
-        epoch, best = state['epoch'], state['best']
+        epoch, best, seen = state['epoch'], state['best'], state['data']
     except Exception as problem:
         raise ValueError(f'{path}: not a checkpoint of this script ({type(problem).__name__}); remove it to start '
                          'afresh') from problem
     if changed:
         raise ValueError(f"{path} is the run of another recipe: {', '.join(changed)}; choose another --out")
+    if seen != data:
+        raise ValueError(f'{path} was trained on other images, boxes or splits; the stream would not be the same')
     return epoch, best
+
+
+def fingerprint(volumes):
+    """What a run was trained and chosen on."""
+    told = [(v.key, v.split, v.lesions, v.normal) for v in volumes if v.split != 'test']
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def validated(cfg, detector, volumes, device):
     """Mean sensitivity at 1 to 5 false positives per image over the annotated validation slices and as many normal
     ones; hits within max(half the diagonal, 20 pixels of 518) (6.2.3). -> it, and the score at 1 false positive."""
-    items, truth = [(v, z) for v, volume in enumerate(volumes) for z in marked(volume)], []
-    for v in normals(volumes)[:round(cfg.normals * len(items))]:
-        away = far_from_lesions(volumes[v], (volumes[v].shape or mask.shape(volumes[v].path))[0])
-        items.append((v, away[len(away) // 2]))
+    items, truth, found = [(v, z) for v, volume in enumerate(volumes) for z in marked(volume)], [], []
     for v, z in items:
-        if volumes[v].lesions:
-            for x0, y0, x1, y1 in on_frame(volumes[v], z, volumes[v].shape[1:], cfg.size):
-                truth.append(((v, z), x0, y0, x1 - x0, y1 - y0))
-    mine = [((v, z), *row) for v, z, boxes, scores, _ in detected(
-        cfg, detector, volumes, items[dist.get_rank()::dist.get_world_size()], device)
-        for row in np.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores]).tolist()]
-    m = matched([(item, math.inf) for item in items], truth, gathered(mine), min_distance=20 * cfg.size / 518)
-    thresholds, false_positives, _ = curve(m, m.everywhere(), every=True)
+        for x0, y0, x1, y1 in on_frame(volumes[v], [z], volumes[v].shape[1:], cfg.size):
+            truth.append(((v, z), x0, y0, x1 - x0, y1 - y0))
+    items += [(v, None) for v in normals(volumes)[:round(cfg.normals * len(items))]]    # None: its middle normal frame
+    mine = items[dist.get_rank()::dist.get_world_size()]
+    for v, z, boxes, scores, _ in detected(cfg, detector, volumes, mine, device):
+        rows = np.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores])
+        found += [((v, z), *row) for row in rows.tolist()]
+    m = matched([(item, math.inf) for item in items], truth, gathered(found), min_distance=20 * cfg.size / 518)
+    thresholds, false_positives, _ = curve(m, m.each(), every=True)
     threshold = thresholds[np.flatnonzero(false_positives <= 1)[-1]]
-    return float(sensitivity(m, [1, 2, 3, 4, 5], m.everywhere()).mean()), float(np.clip(threshold, 0, 1))
+    return float(sensitivity(m, [1, 2, 3, 4, 5], m.each()).mean()), float(np.clip(threshold, 0, 1))
 
 
 def gathered(mine):
@@ -1296,9 +1367,9 @@ def detected(cfg, detector, volumes, items, device):
 
 
 def predicted(cfg, detector, volumes, device):
-    """Findings of volumes, every slice seen -> rows (number of the volume, x, y, w, h, z, depth, score) in pixels of
-    the file, and notes. Ranks share the volumes; without a readable slice a volume has no findings, its lesions count
-    as missed."""
+    """Findings of volumes, every slice seen -> rows (number of the volume, x, y, w, h, z, depth, score, slice of the
+    best box) in pixels of the file, and notes. Ranks share the volumes; without a readable slice a volume has no
+    findings, its lesions count as missed."""
     mine, items, rows, notes = range(dist.get_rank(), len(volumes), dist.get_world_size()), [], [], []
     for v in mine:
         try:
@@ -1316,8 +1387,8 @@ def predicted(cfg, detector, volumes, device):
             frames.append(np.full(len(score), z))
             seen += 1
             bar.update()
-        merged = merge_slices(*map(np.concatenate, (boxes, scores, frames)), cfg.overlap, cfg.gap)
-        rows += [(v, *row) for row in merged[:cfg.top].tolist()]
+        found = merged(*map(np.concatenate, (boxes, scores, frames)), cfg.overlap, cfg.gap)
+        rows += [(v, *row) for row in found[:cfg.top].tolist()]
     bar.close()
     if seen < len(items):
         notes.append(f'{len(items) - seen} of {len(items)} slices are unreadable and have no boxes')
@@ -1337,13 +1408,15 @@ def write_csv(path, header, rows):
 
 
 def write_truth(out, volumes):
-    """labels.csv and boxes.csv of these volumes in the challenge's format; of mammograms VolumeSlices is 1."""
+    """labels.csv and boxes.csv of these volumes in the challenge's format; of mammograms VolumeSlices is 1.
+    What is neither normal nor benign nor cancer counts as actionable."""
     labels, boxes = [], []
     for v in volumes:
         kinds = {lesion[-1] for lesion in v.lesions}
-        labels.append((*v.key, int(not kinds), 0, int('benign' in kinds), int('cancer' in kinds)))
+        known, normal = kinds & {'benign', 'cancer'}, v.normal and not kinds
+        labels.append((*v.key, *map(int, (normal, not normal and not known, 'benign' in kinds, 'cancer' in kinds))))
         for z, x0, y0, x1, y1, label in v.lesions:
-            boxes.append((*v.key, '', z, x0, y0, x1 - x0, y1 - y0, label, '', v.shape[0]))
+            boxes.append((*v.key, '', z, x0, y0, x1 - x0, y1 - y0, label, '', v.shape[0] if v.shape else 1))
     write_csv(out / 'labels.csv', LABEL, labels)
     write_csv(out / 'boxes.csv', BOX, boxes)
 
@@ -1367,7 +1440,7 @@ def read_truth(labels, boxes):
         key = bcs_key(line)
         if key not in slices:
             raise ValueError(f"{boxes}: a box in {'/'.join(key)}, which {labels} does not list")
-        x, y, w, h, z, count = (number(line, name, boxes) for name in ('X', 'Y', 'Width', 'Height', 'Slice',
+        x, y, w, h, z, count = (value_of(line, name, boxes) for name in ('X', 'Y', 'Width', 'Height', 'Slice',
                                                                        'VolumeSlices'))
         if w <= 0 or h <= 0:
             raise ValueError(f"{boxes}: a box of {w:g}x{h:g} in {'/'.join(key)} has no area")
@@ -1381,11 +1454,13 @@ def read_truth(labels, boxes):
 
 
 def read_predictions(path):
-    """The challenge's submission format -> rows [key, x, y, w, h, z, depth, score]. No row at all is allowed."""
+    """The challenge's submission format -> rows [key, x, y, w, h, z, depth, score]. An empty file has none."""
     path = Path(path) / 'predictions.csv' if os.path.isdir(path) else Path(path)
+    if path.is_file() and not path.stat().st_size:
+        return []
     rows = []
     for line in lines_of(path, *PREDICTION):
-        x, w, y, h, z, depth, score = (number(line, name, path) for name in PREDICTION[3:])
+        x, w, y, h, z, depth, score = (value_of(line, name, path) for name in PREDICTION[3:])
         if w < 0 or h < 0:
             raise ValueError(f"{path}: a box of {w:g}x{h:g} in {'/'.join(bcs_key(line))}")
         rows.append((bcs_key(line), x, y, w, h, z, depth, score))
@@ -1408,7 +1483,7 @@ class Scored:
 
     def with_lesions(self, weight):
         """Sensitivity at 1, 2, 3, 4 false positives per volume with a lesion, and their mean: (5,)"""
-        at = sensitivity(self.m, RATES, self.m.with_lesions(weight))
+        at = sensitivity(self.m, RATES, self.m.ill(weight))
         return np.append(at, at.mean())
 
     def everywhere(self, weight):
@@ -1417,7 +1492,7 @@ class Scored:
 
     def caught(self, weight):
         """Lesions found at 4 false positives per volume with a lesion, bool (G,)"""
-        return caught(self.m, RATES[-1], self.m.with_lesions(weight))
+        return caught(self.m, RATES[-1], self.m.ill(weight))
 
     def classes(self, weight, chosen):
         """Of each class of lesions, bool (G,), the share found there: (classes,)"""
@@ -1425,15 +1500,15 @@ class Scored:
         return (count * self.caught(weight)).sum(1) / count.sum(1)
 
     def fauc(self, weight):
-        """FAUC-1, and FAUC-1+ over the images with a lesion: (2,)"""
-        return np.array([step_area(self.flat, weight), step_area(self.flat, self.flat.with_lesions(weight))])
+        """FAUC-1, and FAUC-1+ over the images with a lesion (there: with a malignant one): (2,)"""
+        return np.array([step_area(self.flat, weight), step_area(self.flat, self.flat.ill(weight))])
 
     def overlap(self, weight):
         """AP and top-1 localisation at each of THRESHOLDS: (2, 8)"""
         return np.array([[of(o, weight) for o in self.boxes] for of in (precision_area, localised)])
 
 
-def report(runs, volumes, truth, classes, min_distance, draws, seed, out):
+def report(runs, volumes, truth, classes, min_distance, draws, seed, out, notes=()):
     """Tables, scores.json and froc.png of one or more detectors on the same volumes.
 
     runs {name: rows}, volumes and truth as `froc` takes them, classes (G,) of the lesions. Intervals are bootstrap
@@ -1469,7 +1544,7 @@ def report(runs, volumes, truth, classes, min_distance, draws, seed, out):
         print(f'  {name}: {count} predictions in volumes that are not listed, false positives over all volumes')
     heads = [*(f'{rate} FP' for rate in RATES), 'mean of 1-4']
     tables = dict(
-        challenge={name: froc(volumes, truth, rows, min_distance) for name, rows in runs.items()},
+        challenge={name: challenge(s.m) for name, s in scored.items()},
         with_lesions=table('sensitivity, volumes with a lesion', heads, Scored.with_lesions),
         all=table('sensitivity, all volumes', heads, Scored.everywhere) if ill < len(volumes) else None,
         classes=table('found at 4 FP, volumes with a lesion', [*chosen],
@@ -1478,11 +1553,11 @@ def report(runs, volumes, truth, classes, min_distance, draws, seed, out):
         overlap=overlap_table({name: s.overlap(ones) for name, s in scored.items()}),
         overlap_mean=table('mean over IoU', ['AP', 'top-1'], lambda s, w: s.overlap(w).mean(1)),
         against=against(scored, intervals))
-    chart({name: curve(s.m, s.m.with_lesions())[1:] for name, s in scored.items()}, tables['with_lesions'],
+    chart({name: curve(s.m, s.m.ill())[1:] for name, s in scored.items()}, tables['with_lesions'],
           'false positives per image or volume with a lesion').save(out / 'froc.png')
     (out / 'scores.json').write_text(json.dumps(plain(dict(
         min_distance=min_distance, draws=draws, seed=seed, volumes=len(volumes), patients=len(names), lesions=lesions,
-        unlisted=unlisted, **tables)), indent=1, allow_nan=False))
+        unlisted=unlisted, notes=list(notes), **tables)), indent=1, allow_nan=False))
     print(f'-> {out}/scores.json, froc.png')
 
 
@@ -1501,10 +1576,10 @@ def against(scored, intervals):
     found = {}
     for (a, one), (b, two) in itertools.combinations(scored.items(), 2):
         gap = intervals(lambda w: two.with_lesions(w)[-1:] - one.with_lesions(w)[-1:])[0].tolist()
-        first, second = (s.caught(s.m.everywhere()) for s in (one, two))
+        first, second = (s.caught(s.m.each()) for s in (one, two))
         one_alone, two_alone, p = int((first & ~second).sum()), int((second & ~first).sum()), mcnemar(first, second)
         print(f'\n{b} - {a}: mean sensitivity {gap[0]:+.3f} [{gap[1]:+.3f}, {gap[2]:+.3f}]; lesions found at 4 FP '
-              f'by {b} alone {two_alone}, by {a} alone {one_alone}, McNemar p = {p:.2g}')
+              f'per volume with a lesion by {b} alone {two_alone}, by {a} alone {one_alone}, McNemar p = {p:.2g}')
         found[f'{b} - {a}'] = dict(mean_sensitivity=gap, mcnemar=p, alone={a: one_alone, b: two_alone})
     return found
 
@@ -1619,24 +1694,23 @@ def run(cfg, device, again=False):
         out.mkdir(parents=True, exist_ok=True)
         if not cfg.resume:
             (out / 'last.pt').unlink(missing_ok=True)
-            (out / 'log.jsonl').write_text(json.dumps(dict(config=asdict(cfg), torch=torch.__version__)) + '\n')
         introduce(cfg, volumes, notes)
         write_list(out / 'lesions.csv', volumes)
     dist.barrier()
     chosen, detector, best = searched(cfg, volumes, device, out) if cfg.search else (
         cfg, *train(cfg, volumes, device, out))
-    rows, notes = predicted(chosen, detector, test, device)
+    rows, unread = predicted(chosen, detector, test, device)
     if rank == 0:
-        for note in notes:
+        for note in unread:
             print(f'  {note}')
         if best['epoch'] >= 0:
             print(f"best epoch {best['epoch']}, validation mean sensitivity at 1-5 FP per image {best['score']:.3f}")
         write_truth(out, test)
         write_csv(out / 'predictions.csv', PREDICTION, [
             (*test[v].key, *(f'{value:.6g}' for value in (x, w, y, h)), int(z), int(depth), repr(value))
-            for v, x, y, w, h, z, depth, value in rows])
+            for v, x, y, w, h, z, depth, value, _ in rows])
         report({label(cfg): read_predictions(out)}, *read_truth(out / 'labels.csv', out / 'boxes.csv'),
-               cfg.min_distance, cfg.draws, cfg.seed, out)
+               cfg.min_distance, cfg.draws, cfg.seed, out, notes + unread)
         print(f'-> {out}/last.pt, predictions.csv, labels.csv, boxes.csv, lesions.csv')
     dist.barrier()
     return detector
@@ -1669,15 +1743,21 @@ def searched(cfg, volumes, device, out):
     for i in range(cfg.search):
         trial, place = drawn(cfg, i), out / f'trial_{i:03d}'
         place.mkdir(exist_ok=True)
-        detector, best = train(trial, volumes, device, place)
+        try:
+            detector, best = train(trial, volumes, device, place)
+        except FloatingPointError:                          # the same on every rank
+            detector, best = None, dict(score=-1.0, epoch=-1)
         tried = {name: getattr(trial, name) for name in RANGES}
         trials.append(tried | dict(validation=best['score'], epoch=best['epoch']))
-        if winner is None or best['score'] > winner[2]['score']:
+        if best['score'] > (winner[2]['score'] if winner else -1):
             winner = trial, detector, best
             if dist.get_rank() == 0:
                 save(out / 'last.pt', torch.load(place / 'last.pt', map_location='cpu', weights_only=True))
+        if dist.get_rank() == 0:
+            write_csv(out / 'trials.csv', trials[0], [tried.values() for tried in trials])
+    if not winner:
+        raise ValueError(f'none of {cfg.search} trials could be trained')
     if dist.get_rank() == 0:
-        write_csv(out / 'trials.csv', trials[0], [trial.values() for trial in trials])
         best = {k: f'{v:.3g}' for k, v in max(trials, key=lambda trial: trial['validation']).items()}
         print(f"best of {cfg.search} trials: {', '.join(f'{k} {v}' for k, v in best.items())}")
     return winner
@@ -1728,12 +1808,13 @@ def predict(argv, device):
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob('finding_*.png'):                   # of another file
         old.unlink()
-    for i, (_, x, y, w, h, z, depth, value) in enumerate(row for row in rows if row[-1] >= threshold):
-        middle = int(z + (depth - 1) // 2)
-        found.append(dict(x0=round(x, 1), y0=round(y, 1), x1=round(x + w, 1), y1=round(y + h, 1), frame=middle,
+    first = mask.read(args.file, 0)
+    turned = upright(first, args.laterality) is not first
+    for i, (_, x, y, w, h, z, depth, value, best) in enumerate(row for row in rows if row[-2] >= threshold):
+        found.append(dict(x0=round(x, 1), y0=round(y, 1), x1=round(x + w, 1), y1=round(y + h, 1), frame=int(best),
                           first_frame=int(z), last_frame=int(z + depth - 1), score=round(value, 4)))
-        image = mask.read(args.file, middle)
-        image = upright(image, args.laterality)
+        image = mask.read(args.file, int(best))
+        image = image[::-1, ::-1] if turned else image
         boxed(image, [(x, y, x + w, y + h, value)], height=900).save(out / f'finding_{i:02d}.png')
         print(f'{args.file}: x {x:.0f}-{x + w:.0f}, y {y:.0f}-{y + h:.0f}, frames {z:.0f}-{z + depth - 1:.0f}, '
               f'score {value:.3f}')
@@ -1780,12 +1861,11 @@ def demo(cfg, device):
     for each in (untrained, trained):
         run(each, device, again or cfg.resume)
     if dist.get_rank() == 0:
-        out, names = Path(cfg.out), ('untrained', 'trained')
+        out, found = Path(cfg.out), {name: read_predictions(f'{cfg.out}/{name}') for name in ('untrained', 'trained')}
+        volumes, truth, classes = read_truth(out / 'trained/labels.csv', out / 'trained/boxes.csv')
         print('\n---- side by side')
-        report({name: read_predictions(out / name) for name in names}, *read_truth(
-            out / 'trained/labels.csv', out / 'trained/boxes.csv'), cfg.min_distance, cfg.draws, cfg.seed, out)
-        overlay(folder, {name: read_predictions(out / name) for name in names}, read_truth(
-            out / 'trained/labels.csv', out / 'trained/boxes.csv')[1]).save(out / 'overlay.png')
+        report(found, volumes, truth, classes, cfg.min_distance, cfg.draws, cfg.seed, out)
+        overlay(folder, found, truth).save(out / 'overlay.png')
         print(f'-> {out}/overlay.png')
     dist.barrier()
 
@@ -1845,7 +1925,7 @@ if __name__ == '__main__':
     wrong = None
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as problem:                # a data worker sends its traceback along, the reason last
+    except (ValueError, OSError, FloatingPointError) as problem:            # of a data worker the last line
         wrong = str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')
     if wrong:
         print(f'detect.py: {wrong}', file=sys.stderr)

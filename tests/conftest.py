@@ -5,7 +5,9 @@ import pathlib
 import subprocess
 import sys
 
-import torch.distributed as dist
+os.environ.setdefault('OMP_NUM_THREADS', '1')               # tiny networks: a second thread would wait more than work
+
+import torch.distributed as dist                            # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CASES = ROOT / 'tests' / 'cases'
