@@ -1188,9 +1188,10 @@ def train(cfg, volumes, device, out):
     start, best, data = 0, dict(score=-1.0, epoch=-1, threshold=0.5, weights=copied(detector)), fingerprint(volumes)
     if cfg.resume and (out / 'last.pt').exists():
         start, best = restore(cfg, out, detector, optimizer, data)
-    elif rank == 0:
-        header = dict(config=asdict(cfg), torch=torch.__version__, commit=commit())
-        (out / 'log.jsonl').write_text(json.dumps(header) + '\n')
+    if rank == 0:                                           # the lines of epochs that are done stay
+        header = json.dumps(dict(config=asdict(cfg), torch=torch.__version__, commit=commit())) + '\n'
+        lines = (out / 'log.jsonl').read_text().splitlines(keepends=True) if start else [header]
+        (out / 'log.jsonl').write_text(''.join(lines[:1 + start]))
 
     per_epoch, items = plan(cfg, parts['train'], start, rank, ranks)
     steps, accumulate = cfg.epochs * per_epoch, math.ceil(cfg.batch // ranks / cfg.micro_batch)
@@ -1202,8 +1203,7 @@ def train(cfg, volumes, device, out):
     for epoch in range(start, cfg.epochs):
         if epoch - best['epoch'] > cfg.patience:
             break
-        began, sums = time.time(), torch.zeros(3, device=device)
-        norms = []
+        began, sums, norms = time.time(), torch.zeros(3, device=device), []
         detector.train()
         for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
             torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]))    # dropout
@@ -1236,14 +1236,13 @@ def train(cfg, volumes, device, out):
         if score > best['score']:
             best = dict(score=score, epoch=epoch, threshold=threshold, weights=copied(detector))
         line = dict(epoch=epoch, **dict(zip(('loss', 'focal', 'box'), (sums / per_epoch).tolist())),
-                    grad_norm=sum(norms) / per_epoch, validation=score,
-                    best=best['score'], best_epoch=best['epoch'],
+                    grad_norm=sum(norms) / per_epoch, validation=score, best=best['score'], best_epoch=best['epoch'],
                     images_per_s=cfg.batch * per_epoch / (time.time() - began))
         bar.set_postfix({k: f'{line[k]:.3f}' for k in ('loss', 'validation', 'best')})
         if rank == 0:
-            keep(cfg, out, detector, optimizer, data, epoch + 1, best)
             with open(out / 'log.jsonl', 'a') as file:
                 file.write(json.dumps(line) + '\n')
+            keep(cfg, out, detector, optimizer, data, epoch + 1, best)
     bar.close()
     detector.load_learnt(best['weights'])
     if rank == 0 and not (out / 'last.pt').exists():        # --epochs 0

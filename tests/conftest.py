@@ -7,7 +7,7 @@ import sys
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')               # tiny networks: a second thread would wait more than work
 
-import torch.distributed as dist                            # noqa: E402
+import torch.distributed as dist
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CASES = ROOT / 'tests' / 'cases'
