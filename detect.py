@@ -1566,7 +1566,7 @@ def overlap_table(found):
     for i, title in enumerate(('AP', 'top-1')):
         for name, values in found.items():
             print(f"  {f'{title}, {name}':36.36s}" + ''.join(f'{v:7.3f}' for v in [*values[i], values[i].mean()]))
-    return dict(thresholds=THRESHOLDS, **{name: dict(zip(('AP', 'top-1'), v.tolist())) for name, v in found.items()})
+    return dict(thresholds=THRESHOLDS, at={name: dict(zip(('AP', 'top-1'), v.tolist())) for name, v in found.items()})
 
 
 def against(scored, intervals):
@@ -1616,11 +1616,13 @@ def score(argv):
             raise ValueError(f'{folder} and {args.predictions[0]} were tested on different volumes or lesions')
     distance = args.min_distance
     if distance is None and (beside / 'scores.json').exists() and not args.boxes:
-        distance = json.loads((beside / 'scores.json').read_text())['min_distance']
+        try:
+            distance = float(json.loads((beside / 'scores.json').read_text())['min_distance'])
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f'{beside}/scores.json is damaged; give --min_distance') from None
     if args.draws < 1 or distance is not None and not 0 <= distance < math.inf:
         raise ValueError(f'--draws {args.draws} and --min_distance {distance}: expected at least 1, and 0 or more')
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(args.out)
     report({str(name): read_predictions(name) for name in args.predictions}, volumes, truth, classes,
            100.0 if distance is None else distance, args.draws, args.seed, out)
 
@@ -1690,7 +1692,7 @@ def run(cfg, device, again=False):
     test = [v for v in volumes if v.split == 'test']
     dist.barrier()                                          # every rank has looked before anything is written
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         if not cfg.resume:
             (out / 'last.pt').unlink(missing_ok=True)
         introduce(cfg, volumes, notes)
@@ -1713,6 +1715,15 @@ def run(cfg, device, again=False):
         print(f'-> {out}/last.pt, predictions.csv, labels.csv, boxes.csv, lesions.csv')
     dist.barrier()
     return detector
+
+
+def make_folder(out):
+    """--out, made if it is not there; OSError in one sentence if it cannot be."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise OSError(f'--out {out} cannot be made ({problem.strerror}); choose another') from None
+    return Path(out)
 
 
 def label(cfg):
@@ -1803,8 +1814,7 @@ def predict(argv, device):
         raise ValueError(notes[0])
     for note in notes:
         print(note)
-    out, found = Path(args.out), []
-    out.mkdir(parents=True, exist_ok=True)
+    out, found = make_folder(args.out), []
     for old in out.glob('finding_*.png'):                   # of another file
         old.unlink()
     first = mask.read(args.file, 0)
@@ -1832,11 +1842,13 @@ def restored(run):
     try:
         known = {f.name for f in fields(Config)}
         cfg = Config(**{k: v for k, v in state['config'].items() if k in known})
+        check(cfg, 1)
         detector = Detector(encoder, cfg.channels, cfg.dropout, cfg.freeze)
         detector.load_learnt(state['best']['weights'])
+        best = dict(state['best'], threshold=float(state['best']['threshold']))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
         raise ValueError(f'{path} holds no detector ({type(problem).__name__}); give a run of detect.py') from problem
-    return replace(cfg, workers=0, images=None, resume=False), detector.eval(), state['best']
+    return replace(cfg, workers=0, images=None, resume=False), detector.eval(), best
 
 
 # ---- the demo -------------------------------------------------------------------------------------------------------
@@ -1871,7 +1883,7 @@ def demo(cfg, device):
 
 def make_phantoms(cfg, folder, slices=8):
     """Volumes with and without a lesion, prepared like any data set, and lesions.csv."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     rows = []
     for i in range(cfg.phantoms):
         split = 'train' if i < 0.65 * cfg.phantoms else 'val' if i < 0.75 * cfg.phantoms else 'test'
@@ -1926,6 +1938,10 @@ if __name__ == '__main__':
         main(sys.argv[1:])
     except (ValueError, OSError, FloatingPointError) as problem:            # of a data worker the last line
         wrong = str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')
+    except RuntimeError as problem:
+        if 'DataLoader worker' not in str(problem):
+            raise
+        wrong = 'a data worker died, probably out of memory; lower --workers, then --resume'
     if wrong:
         print(f'detect.py: {wrong}', file=sys.stderr)
     sys.stdout.flush()
