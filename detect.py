@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -183,6 +183,10 @@ def check(cfg, ranks):
         wrong.append(f'--batch {cfg.batch} does not divide among {ranks} ranks')
     if cfg.phantoms < 40:
         wrong.append(f'--phantoms {cfg.phantoms} are too few for the demo; 40 at least')
+    if cfg.root is None and cfg.dataset != Config.dataset:
+        wrong.append(f'--dataset {cfg.dataset} needs --root DIR')
+    if cfg.root == '':
+        wrong.append('--root is empty; give a data set, or leave it out for the demo')
     if cfg.search and not cfg.epochs:
         wrong.append('--search with --epochs 0 has nothing to compare')
     if wrong:
@@ -652,6 +656,7 @@ class Volume:
     lesions: list = field(default_factory=list)             # (z, x0, y0, x1, y1, label), pixels of the file
     laterality: str = ''                                    # L or R where the file may lie upside down (BCS-DBT)
     normal: bool = True                                     # without lesions it may serve as a normal in training
+    slices: int = 0                                         # as the label file has it; 0: not told
     shape: tuple | None = None                              # (K, H, W) of the file
 
     @property
@@ -660,19 +665,26 @@ class Volume:
 
 
 def lines_of(path, *columns):
-    """A CSV -> list of dicts, names and values stripped; ValueError where a column is missing, with what was found."""
+    """A CSV -> list of dicts, names and values stripped; ValueError where a column is missing, with what was found, or
+    where cells and columns do not fit."""
     try:
         with open(path, newline='', encoding='utf-8-sig') as file:
-            lines = [line for line in csv.reader(file) if any(map(str.strip, line))]
+            lines = [[cell.strip() for cell in line] for line in csv.reader(file, strict=True)]
     except FileNotFoundError:
         raise ValueError(f'{path}: no such file') from None
     except (UnicodeDecodeError, csv.Error, IsADirectoryError) as problem:
         raise ValueError(f'{path}: not a readable CSV in UTF-8 ({type(problem).__name__})') from None
-    header = [name.strip() for name in lines[0]] if lines else []
+    header, *lines = [line for line in lines if any(line)] or [[]]
     missing = [name for name in columns if name not in header]
     if missing:
         raise ValueError(f"{path}: no column {', '.join(missing)}; found {', '.join(header) or 'nothing'}")
-    return [dict(zip(header, (value.strip() for value in line + [''] * len(header)))) for line in lines[1:]]
+    if any(header.count(name) > 1 for name in columns):
+        raise ValueError(f"{path}: a column stands twice in {', '.join(header)}")
+    for line in lines:
+        if len(line) > len(header) or any('\n' in cell for cell in line):
+            raise ValueError(f'{path}: a row has {len(line)} cells for {len(header)} columns, or a line break in one; '
+                             f"is a quote or comma wrong? It starts with {', '.join(line[:3])[:80]!r}")
+    return [dict(itertools.zip_longest(header, line, fillvalue='')) for line in lines]
 
 
 def value_of(line, name, path):
@@ -685,6 +697,15 @@ def value_of(line, name, path):
         raise ValueError(f'{path}: {name} is {line[name]!r} in {dict(itertools.islice(line.items(), 3))}; expected a '
                          'number')
     return value
+
+
+def whole(line, name, path):
+    """A cell as a whole number"""
+    value = value_of(line, name, path)
+    if value != int(value):
+        raise ValueError(f'{path}: {name} is {line[name]} in {dict(itertools.islice(line.items(), 3))}; expected a '
+                         'whole number')
+    return int(value)
 
 
 BCS_VOLUMES = dict(train=19148, validation=1163, test=1721)
@@ -713,15 +734,20 @@ def bcs(cfg):
             key = bcs_key(line)
             if key not in files:
                 raise ValueError(f"{paths}: no row for {'/'.join(key)}, which {labels.name} lists")
-            for name in ('Normal', 'Actionable', 'Benign', 'Cancer'):
-                count[name] += line[name] == '1'
+            if key in volumes:
+                raise ValueError(f"{labels}: {'/'.join(key)} is listed twice, or in two splits")
+            flags = {name: value_of(line, name, labels) == 1 for name in ('Normal', 'Actionable', 'Benign', 'Cancer')}
+            for name, flag in flags.items():
+                count[name] += flag
             volumes[key] = Volume(key, bcs_file(cfg, files[key]), split, laterality=key[2][:1].upper(),
-                                  normal=line['Normal'] == '1')
-        for line in lines_of(boxes, *KEY, 'Slice', 'X', 'Y', 'Width', 'Height', 'Class'):
+                                  normal=flags['Normal'])
+        for line in lines_of(boxes, *KEY, 'Slice', 'X', 'Y', 'Width', 'Height', 'Class', 'VolumeSlices'):
             if bcs_key(line) not in volumes:
                 raise ValueError(f"{boxes}: a box in {'/'.join(bcs_key(line))}, which {labels.name} does not list")
-            z, x, y, w, h = (value_of(line, name, boxes) for name in ('Slice', 'X', 'Y', 'Width', 'Height'))
-            volumes[bcs_key(line)].lesions.append((int(z), x, y, x + w, y + h, line['Class']))
+            x, y, w, h = (value_of(line, name, boxes) for name in ('X', 'Y', 'Width', 'Height'))
+            z, slices = (whole(line, name, boxes) for name in ('Slice', 'VolumeSlices'))
+            volumes[bcs_key(line)].lesions.append((z, x, y, x + w, y + h, line['Class']))
+            volumes[bcs_key(line)].slices = slices
         mine = [volume for volume in volumes.values() if volume.split == split]
         count |= dict(boxes=sum(len(v.lesions) for v in mine), volumes_with_boxes=sum(bool(v.lesions) for v in mine))
         wrong = [f'{name} {count[name]}, not {of[i]}' for name, of in BCS_COUNTS.items() if count[name] != of[i]]
@@ -745,7 +771,10 @@ def bcs_file(cfg, line):
     for place in (line['classic_path'], line['descriptive_path']):
         path = Path(cfg.root, place)
         if place and path.is_dir():
-            return str(next(iter(sorted(path.glob('*.dcm'))), path))
+            found = sorted(path.glob('*.dcm'))
+            if len(found) > 1:
+                raise ValueError(f'{path} holds {len(found)} DICOM files; expected the one of its series')
+            return str(found[0] if found else path)
         if place and path.is_file():
             return str(path)
     return str(Path(cfg.root, line['classic_path']))
@@ -759,8 +788,9 @@ def vindr(cfg):
                          'ymin', 'xmax', 'ymax', 'split'):
         key = (line['study_id'], line['image_id'], line['laterality'] + line['view_position'])
         file = f"{cfg.root}/images/{line['study_id']}/{line['image_id']}.dicom"
-        volume = images.setdefault(key, Volume(key, file, line['split'].removesuffix('ing')))
-        if line['xmin']:
+        split = dict(training='train', validation='val').get(line['split'], line['split'])
+        volume = images.setdefault(key, Volume(key, file, split))
+        if any(line[edge] for edge in ('xmin', 'ymin', 'xmax', 'ymax')):
             labels = re.findall("'([^']+)'", line['finding_categories']) or ['lesion']
             label = next((label for label in labels if label in cfg.findings), labels[0])
             box = (value_of(line, name, path) for name in ('xmin', 'ymin', 'xmax', 'ymax'))
@@ -819,12 +849,11 @@ def cbis(cfg):
 
 def roi_box(files, shape):
     """The box of the largest piece of the mask among these files, in the pixels of a film of shape (H, W)."""
-    sizes = {file: mask.shape(file)[1:] for file in files}
-    for file in sorted(files, key=lambda file: -math.prod(sizes[file])):
-        try:
-            roi = mask.read(file)
-        except ValueError:                                  # a constant image, for one
-            continue
+    rois = []
+    for file in files:
+        with contextlib.suppress(ValueError, OSError):      # a constant or damaged crop is no mask
+            rois.append(mask.read(file))
+    for roi in sorted(rois, key=lambda roi: -roi.size):
         if np.isin(roi, (0, 255)).all() and roi.any():
             piece, pieces = ndimage.label(roi)
             y, x = ndimage.find_objects(piece)[np.bincount(piece.ravel())[1:].argmax()]
@@ -851,6 +880,8 @@ def mias(cfg):
         pair = f'{(int(film[3:]) + 1) // 2:03d}'
         volume = films.setdefault(film, Volume((pair, film, 'MLO'), files.get(film, f'{cfg.root}/{film}.pgm')))
         if circle[0]:
+            if os.path.isfile(volume.path) and mask.shape(volume.path)[1:] != (1024, 1024):
+                raise ValueError(f'{volume.path}: not 1024x1024, so the circles of Info.txt do not fit it')
             x, y, radius = map(int, circle)
             volume.lesions.append((0, x - radius, 1024 - y - radius, x + radius, 1024 - y + radius,
                                    'cancer' if severity == 'M' else 'benign'))
@@ -877,14 +908,8 @@ def listed(cfg):
             raise ValueError(f'{path}: volume {name} has rows with different paths, patients or splits')
         if any(line[edge] for edge in edges):
             box = (value_of(line, edge, path) for edge in edges)
-            z = value_of(line, 'frame', path) if line.get('frame') else 0
-            if z != int(z):
-                raise ValueError(f'{path}: frame {z} of {name} is no whole number')
-            volume.lesions.append((int(z), *box, line.get('label') or 'lesion'))
-    splits = {volume.split for volume in volumes.values()}
-    if splits - {'train', 'val', 'test'} and splits != {''}:
-        found = ', '.join(sorted(map(repr, splits)))
-        raise ValueError(f'{path}: splits {found}; expected train, val and test, or none at all')
+            z = whole(line, 'frame', path) if line.get('frame') else 0
+            volume.lesions.append((z, *box, line.get('label') or 'lesion'))
     return list(volumes.values()), []
 
 
@@ -894,6 +919,17 @@ DATASETS = dict(bcs=bcs, vindr=vindr, cbis=cbis, mias=mias, csv=listed)
 def load(cfg):
     """-> volumes with splits and checked boxes, notes: what was left out and why, one sentence each."""
     volumes, notes = DATASETS[cfg.dataset](cfg)
+    for what, seen in (('the name', ['/'.join(v.key) for v in volumes]),
+                       ('the file', [os.path.realpath(v.path) for v in volumes]),
+                       ('the prepared file', [prepared(cfg, v.path) for v in volumes])):
+        twice = next((name for name, count in Counter(seen).items() if count > 1), None)
+        if twice:
+            raise ValueError(f'{what} {twice} belongs to two images or volumes; list each once, and let patient, study '
+                             'and view tell them apart')
+    unknown = set(cfg.findings) - {lesion[-1] for v in volumes for lesion in v.lesions}
+    if unknown:
+        raise ValueError(f"--findings {', '.join(sorted(unknown))}: no such label; found "
+                         f"{', '.join(sorted({lesion[-1] for v in volumes for lesion in v.lesions}))}")
     if cfg.findings:
         kept = [[lesion for lesion in v.lesions if lesion[-1] in cfg.findings] for v in volumes]
         dropped = sum(len(v.lesions) for v in volumes) - sum(map(len, kept))
@@ -919,6 +955,8 @@ def usable(cfg, volumes, notes):
                 raise OSError(f'{path}: no such file')
             if v.lesions:
                 v.shape = v.shape or mask.shape(v.path)
+                if v.slices not in (0, v.shape[0]):
+                    raise ValueError(f'{v.path} has {v.shape[0]} slices, the label file says {v.slices}')
         except (ValueError, OSError) as problem:
             bad[v.split].append((v, problem))
             continue
@@ -953,6 +991,9 @@ def assign(cfg, volumes):
     splits = defaultdict(set)
     for v in volumes:
         splits[v.patient].add(v.split)
+    names = set().union(*splits.values())
+    if names - {'train', 'val', 'test'} and names != {''}:
+        raise ValueError(f"splits {', '.join(sorted(map(repr, names)))}; expected train, val and test, or none at all")
     leaks = sorted(patient for patient, of in splits.items() if len(of) > 1)
     if leaks:
         raise ValueError(f"{len(leaks)} patients are in two splits, the first: {leaks[0]} in "
@@ -1185,7 +1226,8 @@ def train(cfg, volumes, device, out):
     groups = vit.param_groups(detector, cfg.lr, cfg.wd, cfg.layer_decay)
     groups = [group | dict(params=[p for p in group['params'] if p.requires_grad]) for group in groups]
     optimizer = torch.optim.AdamW([group for group in groups if group['params']])
-    start, best, data = 0, dict(score=-1.0, epoch=-1, threshold=0.5, weights=copied(detector)), fingerprint(volumes)
+    start, data = 0, fingerprint([v for v in volumes if v.split != 'test'])
+    best = dict(score=-1.0, epoch=-1, threshold=0.5, weights=copied(detector), pretrained=pretrained(cfg))
     if cfg.resume and (out / 'last.pt').exists():
         start, best = restore(cfg, out, detector, optimizer, data)
     if rank == 0:                                           # the lines of epochs that are done stay
@@ -1234,7 +1276,7 @@ def train(cfg, volumes, device, out):
         dist.all_reduce(sums)
         score, threshold = validated(cfg, detector, parts['val'], device)
         if score > best['score']:
-            best = dict(score=score, epoch=epoch, threshold=threshold, weights=copied(detector))
+            best |= dict(score=score, epoch=epoch, threshold=threshold, weights=copied(detector))
         line = dict(epoch=epoch, **dict(zip(('loss', 'focal', 'box'), (sums / per_epoch).tolist())),
                     grad_norm=sum(norms) / per_epoch, validation=score, best=best['score'], best_epoch=best['epoch'],
                     images_per_s=cfg.batch * per_epoch / (time.time() - began))
@@ -1269,7 +1311,7 @@ def build(cfg):
         raise ValueError(f'{cfg.encoder}: its patches are {encoder.patch} pixels wide; pyramid and anchors are laid '
                          'out for 14')
     torch.manual_seed(cfg.seed)
-    if cfg.random_encoder or not os.path.isfile(cfg.encoder):
+    if not pretrained(cfg):
         encoder = vit.ViT(**encoder.config, layerscale=1.0)
     return Detector(encoder.eval(), cfg.channels, cfg.dropout, cfg.freeze)
 
@@ -1295,7 +1337,8 @@ def restore(cfg, out, detector, optimizer, data):
         state = torch.load(path, map_location='cpu', weights_only=True)
         changed = [f"{k} {state['config'].get(k)} -> {v}" for k, v in asdict(cfg).items()
                    if k not in free and state['config'].get(k) != v]
-        if not changed:
+        fits = state['vit'] == detector.encoder.config
+        if fits and not changed:
             if cfg.freeze:
                 detector.encoder.load_state_dict({k.removeprefix('backbone.'): v for k, v in state['teacher'].items()})
             detector.load_learnt(state['detector'])
@@ -1306,14 +1349,16 @@ def restore(cfg, out, detector, optimizer, data):
                          'afresh') from problem
     if changed:
         raise ValueError(f"{path} is the run of another recipe: {', '.join(changed)}; choose another --out")
+    if not fits:
+        raise ValueError(f'{path} was trained on an encoder of another shape; give the --encoder of that run again')
     if seen != data:
         raise ValueError(f'{path} was trained on other images, boxes or splits; the stream would not be the same')
     return epoch, best
 
 
 def fingerprint(volumes):
-    """What a run was trained and chosen on."""
-    told = [(v.key, v.split, v.lesions, v.normal) for v in volumes if v.split != 'test']
+    """Which images, boxes and splits these are."""
+    told = [(v.key, v.split, v.lesions, v.normal) for v in volumes]
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
@@ -1415,7 +1460,8 @@ def write_truth(out, volumes):
         known, normal = kinds & {'benign', 'cancer'}, v.normal and not kinds
         labels.append((*v.key, *map(int, (normal, not normal and not known, 'benign' in kinds, 'cancer' in kinds))))
         for z, x0, y0, x1, y1, label in v.lesions:
-            boxes.append((*v.key, '', z, x0, y0, x1 - x0, y1 - y0, label, '', v.shape[0] if v.shape else 1))
+            slices = v.shape[0] if v.shape else max(v.slices, 1 + z)                    # of a file that is not there
+            boxes.append((*v.key, '', z, x0, y0, x1 - x0, y1 - y0, label, '', slices))
     write_csv(out / 'labels.csv', LABEL, labels)
     write_csv(out / 'boxes.csv', BOX, boxes)
 
@@ -1440,7 +1486,9 @@ def read_truth(labels, boxes):
         if key not in slices:
             raise ValueError(f"{boxes}: a box in {'/'.join(key)}, which {labels} does not list")
         x, y, w, h, z, count = (value_of(line, name, boxes) for name in ('X', 'Y', 'Width', 'Height', 'Slice',
-                                                                       'VolumeSlices'))
+                                                                         'VolumeSlices'))
+        if not 0 <= z < count:
+            raise ValueError(f"{boxes}: slice {z:g} of {count:g} in {'/'.join(key)} does not exist; they count from 0")
         if w <= 0 or h <= 0:
             raise ValueError(f"{boxes}: a box of {w:g}x{h:g} in {'/'.join(key)} has no area")
         if slices[key] == math.inf:                         # the challenge takes the first row's
@@ -1529,9 +1577,9 @@ def report(runs, volumes, truth, classes, min_distance, draws, seed, out, notes=
     def table(title, heads, metric):
         """One line a detector, of metric(scored, weight) -> (heads,)"""
         found = {name: dict(zip(heads, intervals(partial(metric, s)).tolist())) for name, s in scored.items()}
-        print(f"\n{title:38s}{''.join(f'{head:>19s}' for head in heads)}")
+        print(f"\n{title:38s}{''.join(f'{head:>21s}' for head in heads)}")
         for name, values in found.items():
-            print(f'  {name:36.36s}' + ''.join(f'{cell(v):>19s}' for v in values.values()))
+            print(f'  {name:36.36s}' + ''.join(f'{cell(v):>21s}' for v in values.values()))
         return found
 
     lesions = {name: int(pick.sum()) for name, pick in chosen.items()}
@@ -1623,6 +1671,8 @@ def score(argv):
     if args.draws < 1 or distance is not None and not 0 <= distance < math.inf:
         raise ValueError(f'--draws {args.draws} and --min_distance {distance}: expected at least 1, and 0 or more')
     out = make_folder(args.out)
+    if (out / 'predictions.csv').exists():
+        raise ValueError(f'--out {out} holds a run, whose scores.json would be lost; choose another')
     report({str(name): read_predictions(name) for name in args.predictions}, volumes, truth, classes,
            100.0 if distance is None else distance, args.draws, args.seed, out)
 
@@ -1659,11 +1709,11 @@ def chart(curves, table, xlabel, most=5):
     return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
 
 
-def boxed(image, findings=(), truth=(), height=560):
-    """A slice, uint8 (H, W), as RGB `height` pixels high: findings (x0, y0, x1, y1, score) in orange with the score,
-    truth (x0, y0, x1, y1) in blue corners."""
-    scale = height / image.shape[0]
-    size = round(image.shape[1] * scale), height
+def boxed(image, findings=(), truth=(), side=900):
+    """A slice, uint8 (H, W), as RGB with a longer side of `side` pixels: findings (x0, y0, x1, y1, score) in orange
+    with the score, truth (x0, y0, x1, y1) in blue corners."""
+    scale = side / max(image.shape)
+    size = [max(1, round(scale * length)) for length in image.shape[::-1]]
     picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC).convert('RGB')
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
     for box in truth:
@@ -1685,12 +1735,16 @@ def boxed(image, findings=(), truth=(), height=560):
 def run(cfg, device, again=False):
     """Train, predict the test volumes, write them, score them. `again` may overwrite an earlier run."""
     out, rank = Path(cfg.out), dist.get_rank()
-    if any((out / name).exists() for name in ('last.pt', 'predictions.csv')) and not cfg.resume and not again:
-        raise ValueError(f'{out} holds a run; add --resume to go on with it, or choose another --out')
+    begun = any((out / name).exists() for name in ('log.jsonl', 'last.pt', 'trial_000'))
+    held = begun or any((out / name).exists() for name in ('lesions.csv', 'labels.csv', 'boxes.csv', 'predictions.csv'))
+    if held and not again and not (begun and cfg.resume):
+        why = 'a run; add --resume to go on with it, or' if begun else 'files that would be lost;'
+        raise ValueError(f'{out} holds {why} choose another --out')
     build(cfg)                                              # says what is wrong with --encoder before hours of reading
     volumes, notes = load(cfg)
     test = [v for v in volumes if v.split == 'test']
-    dist.barrier()                                          # every rank has looked before anything is written
+    if len(set(gathered([fingerprint(volumes)]))) > 1:      # also: every rank has looked before anything is written
+        raise ValueError('the ranks see different files; --root must be the same folder for all of them')
     if rank == 0:
         make_folder(out)
         if not cfg.resume:
@@ -1710,8 +1764,9 @@ def run(cfg, device, again=False):
         write_csv(out / 'predictions.csv', PREDICTION, [
             (*test[v].key, *(f'{value:.6g}' for value in (x, w, y, h)), int(z), int(depth), repr(value))
             for v, x, y, w, h, z, depth, value, _ in rows])
-        report({label(cfg): read_predictions(out)}, *read_truth(out / 'labels.csv', out / 'boxes.csv'),
-               cfg.min_distance, cfg.draws, cfg.seed, out, notes + unread)
+        found = {label(cfg, best['pretrained']): read_predictions(out)}
+        report(found, *read_truth(out / 'labels.csv', out / 'boxes.csv'), cfg.min_distance, cfg.draws, cfg.seed, out,
+               notes + unread)
         print(f'-> {out}/last.pt, predictions.csv, labels.csv, boxes.csv, lesions.csv')
     dist.barrier()
     return detector
@@ -1726,16 +1781,20 @@ def make_folder(out):
     return Path(out)
 
 
-def label(cfg):
-    random = cfg.random_encoder or not os.path.isfile(cfg.encoder)
-    return f"{'trained' if cfg.epochs else 'untrained'}, {'random encoder' if random else 'pretrained encoder'}"
+def pretrained(cfg):
+    return not cfg.random_encoder and os.path.isfile(cfg.encoder)
+
+
+def label(cfg, pretrained):
+    return f"{'trained' if cfg.epochs else 'untrained'}, {'pretrained' if pretrained else 'random'} encoder"
 
 
 def introduce(cfg, volumes, notes):
     """What is about to be learnt from what, and what was left out."""
     if not os.path.isfile(cfg.encoder):
         print(f'{cfg.encoder} is absent: random encoder. `torchrun pretrain.py` makes one, --encoder names another.')
-    print(f"\n{cfg.dataset}; {label(cfg)}, {'frozen' if cfg.freeze else 'finetuned'}; {cfg.size}x{cfg.size}")
+    encoder = 'frozen' if cfg.freeze else 'finetuned'
+    print(f'\n{cfg.dataset}; {label(cfg, pretrained(cfg))}, {encoder}; {cfg.size}x{cfg.size}')
     for split in ('train', 'val', 'test'):
         part = [v for v in volumes if v.split == split]
         print(f'  {split:5s} {len(part)} images or volumes of {len({v.patient for v in part})} patients, '
@@ -1815,7 +1874,7 @@ def predict(argv, device):
     for note in notes:
         print(note)
     out, found = make_folder(args.out), []
-    for old in out.glob('finding_*.png'):                   # of another file
+    for old in out.glob('finding_[0-9][0-9].png'):                   # of another file
         old.unlink()
     first = mask.read(args.file, 0)
     turned = upright(first, args.laterality) is not first
@@ -1824,10 +1883,11 @@ def predict(argv, device):
                           first_frame=int(z), last_frame=int(z + depth - 1), score=round(value, 4)))
         image = mask.read(args.file, int(best))
         image = image[::-1, ::-1] if turned else image
-        boxed(image, [(x, y, x + w, y + h, value)], height=900).save(out / f'finding_{i:02d}.png')
+        boxed(image, [(x, y, x + w, y + h, value)]).save(out / f'finding_{i:02d}.png')
         print(f'{args.file}: x {x:.0f}-{x + w:.0f}, y {y:.0f}-{y + h:.0f}, frames {z:.0f}-{z + depth - 1:.0f}, '
               f'score {value:.3f}')
-    (out / 'findings.json').write_text(json.dumps(dict(file=args.file, threshold=threshold, findings=found), indent=1))
+    (out / 'findings.json').write_text(json.dumps(dict(file=args.file, threshold=threshold, findings=found,
+                                                         notes=notes), indent=1))
     print(f"{len(found)} findings of score {threshold:.3f} or more -> {out}/findings.json"
           + (', finding_*.png' if found else ''))
 
@@ -1862,8 +1922,9 @@ def demo(cfg, device):
     folder, again = Path(cfg.out) / 'phantoms', cfg.out == DEMO['out']
     untrained = replace(cfg, root=str(folder), out=f'{cfg.out}/untrained', epochs=0, search=0, resume=False)
     trained = replace(cfg, root=str(folder), out=f'{cfg.out}/trained')
-    if not again and not cfg.resume and any(Path(each.out).exists() for each in (untrained, trained)):
-        raise ValueError(f'{cfg.out} holds runs; choose another --out, or give a data set with --root DIR')
+    begun = (Path(trained.out) / 'last.pt').exists()
+    if not again and not (begun and cfg.resume) and os.path.isdir(cfg.out) and os.listdir(cfg.out):
+        raise ValueError(f'{cfg.out} is not empty; choose another --out, or give a data set with --root DIR')
     if dist.get_rank() == 0:
         print('SMOKE RUN ON PHANTOMS: every part of the method on synthetic breasts, no clinical meaning. '
               'Give a data set with --root DIR.', flush=True)
@@ -1906,7 +1967,7 @@ def overlay(folder, runs, truth, columns=5):
             reach = [row for row in rows if row[0] == key and row[5] <= z < row[5] + row[6]]
             here = sorted(reach, key=lambda row: -row[-1])
             best = [(x, y, x + w, y + h, score) for _, x, y, w, h, _, _, score in here[:3]]
-            picture = boxed(mask.read(folder / key[1], int(z)), best, slice_truth, height=300)
+            picture = boxed(mask.read(folder / key[1], int(z)), best, slice_truth, side=300)
             line += [np.asarray(picture), np.full((300, 4, 3), 255, np.uint8)]
         shown.append(np.hstack(line[:-1]))
     canvas = Image.new('RGB', (shown[0].shape[1], len(shown) * 324), 'white')
@@ -1927,7 +1988,7 @@ def main(argv):
     else:
         cfg = parse(Config, argv, DEMO, source='root')
         check(cfg, ranks)
-        run(cfg, device) if cfg.root else demo(cfg, device)
+        run(cfg, device) if cfg.root is not None else demo(cfg, device)
     dist.destroy_process_group()
 
 

@@ -469,6 +469,14 @@ def test_bcs_files_that_do_not_fit_together_are_named(bcs):
     boxes.unlink()
     with pytest.raises(ValueError, match='belong together; not all are there'):
         detect.bcs(Config(root=str(bcs)))
+    twice = bcs / 'BCS-DBT-labels-test-v2.csv'
+    for part in ('boxes', 'labels'):
+        path = bcs / f'BCS-DBT-{part}-test-v2.csv'
+        path.write_text((bcs / f'BCS-DBT-{part}-train-v2.csv').read_text())
+    paths = bcs / 'BCS-DBT-file-paths-test.csv'
+    paths.write_text((bcs / 'BCS-DBT-file-paths-train.csv').read_text())
+    with pytest.raises(ValueError, match=f'{twice.name}: DBT-P00001/DBT-S00001/lcc is listed twice'):
+        detect.bcs(Config(root=str(bcs)))
     with pytest.raises(ValueError, match='no BCS-DBT-labels'):
         detect.bcs(Config(root=str(bcs.parent)))
 
@@ -538,7 +546,7 @@ def test_mias_circles_become_boxes_from_the_top(tmp_path):
     (tmp_path / 'Info.txt').write_text('mdb001 G CIRC B 535 425 197\nmdb002 G CIRC M 522 280 69\nmdb003 D NORM \n'
                                        'mdb059 F CIRC B\n')
     for i in (1, 2, 3, 59):
-        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f'mdb{i:03d}.png')
+        Image.fromarray(np.zeros((1024, 1024), np.uint8)).save(tmp_path / f'mdb{i:03d}.png')
     volumes, notes = detect.mias(Config(root=str(tmp_path)))
     assert volumes[0].lesions == [(0, 338, 402, 732, 796, 'benign')] and volumes[1].lesions[0][-1] == 'cancer'
     assert [v.patient for v in volumes] == ['001', '001', '002'] and 'mdb059' in notes[0]
@@ -560,7 +568,7 @@ def small_list(folder, *lines):
     ('a.npy|0|10|5|10|9|m|a|p|test', 'has no area; expected x0 < x1'),
     ('a.npy|0|10|9|5|5|m|a|p|test', 'has no area; expected x0 < x1'),
     ('a.npy|4|5|5|10|9|m|a|p|test', 'frame 4: the file has frames 0 to 3'),
-    ('a.npy|1.5|5|5|10|9|m|a|p|test', 'frame 1.5 of a is no whole number'),
+    ('a.npy|1.5|5|5|10|9|m|a|p|test', 'frame is 1.5 in '),
     ('a.npy|0|5|5|ten|9|m|a|p|test', "x1 is 'ten'"),
     ('a.npy|0|5|5||9|m|a|p|test', "x1 is ''"),
     ('a.npy|0|5|5|nan|9|m|a|p|test', "x1 is 'nan'"),
@@ -592,6 +600,26 @@ def test_lists_that_contradict_themselves_are_refused(tmp_path):
     write(tmp_path / 'lesions.csv', ['path|x0|y0|x1', 'a.npy|1|1|5'])
     with pytest.raises(ValueError, match='no column y1; found path, x0, y0, x1'):
         detect.load(Config(root=str(tmp_path)))
+
+
+@pytest.mark.parametrize('text, words', [
+    ('path,patient,study,x0,y0,x1,y1,split\na.npy,p,s,1,1,5,5,\nb.npy,p,s,1,1,5,5,\n', 'the name p/s/ belongs to two'),
+    ('path,x0,y0,x1,y1,volume,patient\na.npy,1,1,5,5,v,p\n./a.npy,1,1,5,5,w,q\n', 'a.npy belongs to two images'),
+    ('path,x0,y0,x1,y1,label\na.npy,1,1,5,5,"cancer\nb.npy,1,1,5,5,cancer\n', 'not a readable CSV'),
+    ('path,x0,y0,x1,y1,label\na.npy,1,1,5,5,"can\ncer"\n', 'or a line break in one'),
+    ('path,x0,y0,x1,y1\na.npy,1,1,5,5,0\n', 'a row has 6 cells for 5 columns'),
+    ('path,x0,y0,x1,x1,y1\na.npy,1,1,5,5,5\n', 'a column stands twice')])
+def test_lists_in_which_rows_would_vanish_are_refused(tmp_path, text, words):
+    small_list(tmp_path)
+    (tmp_path / 'lesions.csv').write_text(text)
+    with pytest.raises(ValueError) as problem:
+        detect.load(Config(root=str(tmp_path)))
+    assert words in str(problem.value) and '\n' not in str(problem.value)
+
+
+def test_a_label_that_no_box_has_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='--findings Mas: no such label; found Mass'):
+        detect.load(replace(small_list(tmp_path, 'a.npy|0|1|1|5|5|Mass||p|train'), findings=('Mas',)))
 
 
 def test_labels_that_do_not_count_leave_their_images_out_of_the_normals(tmp_path):
@@ -831,6 +859,30 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(trained, lesions, encoder, tmp_p
     assert (tmp_path / 'run/predictions.csv').read_text() == (trained / 'predictions.csv').read_text()
 
 
+def test_nothing_is_overwritten(trained, lesions, encoder, tmp_path):
+    """Neither the list that is read, nor a run by a score, nor anything by a demo."""
+    for path in lesions.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for resume in ((), ('--resume',)):
+        with pytest.raises(ValueError, match='holds files that would be lost; choose another'):
+            cli('--root', tmp_path, '--encoder', encoder, '--out', tmp_path, *FAST, '--epochs', 1, *resume)
+    with pytest.raises(ValueError, match='is not empty; choose another'):
+        cli('--encoder', encoder, '--out', trained, *FAST, '--epochs', 1)
+    with pytest.raises(ValueError, match='holds a run, whose scores.json would be lost'):
+        cli('score', trained, '--out', trained)
+    with pytest.raises(ValueError, match='--dataset bcs needs --root DIR'):
+        cli('--dataset', 'bcs', '--out', tmp_path / 'new')
+    with pytest.raises(ValueError, match='--root is empty'):
+        cli('--root', '', '--out', tmp_path / 'new')
+    assert not (tmp_path / 'new').exists()
+
+
+def test_a_resumed_run_asks_for_its_encoder(trained, lesions, tmp_path):
+    save_encoder(tmp_path / 'other.pt', vit.ViT(size=84, width=64, depth=1, heads=2))
+    with pytest.raises(ValueError, match='an encoder of another shape; give the --encoder of that run again'):
+        cli('--root', lesions, '--encoder', tmp_path / 'other.pt', '--out', trained, *FAST, '--epochs', 6, '--resume')
+
+
 def test_two_ranks_give_the_detector_of_one(trained, lesions, encoder, tmp_path):
     arguments = ('--root', lesions, '--encoder', encoder, *FAST, '--epochs', 2, '--dropout', 0)
     cli(*arguments, '--out', tmp_path / 'one')
@@ -1036,6 +1088,8 @@ def test_a_submission_file_is_scored_as_the_challenge_does(tmp_path):
     (['p|s|lcc|12|-48|11|52|19|2|0.5'], None, 'a box of -48x52 in p/s/lcc'),
     ([], [], 'no lesion, so there is no sensitivity'),
     ([], ['p|s|lcc||20|10|10|0|50|cancer|0|40'], 'has no area'),
+    ([], ['p|s|lcc||40|10|10|9|50|cancer|0|40'], 'slice 40 of 40 in p/s/lcc does not exist'),
+    (['p|s|lcc|12|48|11|52|19|2|0|5'], None, 'a row has 11 cells for 10 columns'),
     ([], ['p|t|lcc||20|10|10|9|50|cancer|0|40'], 'a box in p/t/lcc, which')])
 def test_a_bad_submission_or_truth_is_refused_in_one_sentence(tmp_path, predictions, boxes, words):
     arguments = submission(tmp_path, predictions) if boxes is None else submission(tmp_path, predictions, boxes)
@@ -1065,5 +1119,5 @@ def test_a_small_demo_runs_and_draws(tmp_path, encoder, capsys):
     assert text.startswith('SMOKE RUN ON PHANTOMS') and 'trained - untrained' in text
     for name in ('overlay.png', 'froc.png'):
         assert np.asarray(Image.open(tmp_path / 'demo' / name)).std() > 5
-    with pytest.raises(ValueError, match='holds runs; choose another --out'):
+    with pytest.raises(ValueError, match='is not empty; choose another --out'):
         cli('--out', tmp_path / 'demo', '--phantoms', 40)
