@@ -100,7 +100,7 @@ class Config:
     # scores
     min_distance: float = option(100.0, 'dbtex', 'pixels of the file between centres that are a hit at any lesion size')
     draws: int = option(1000, '2.5', 'bootstrap draws of patients')
-    phantoms: int = option(400, 'ours', 'demo: volumes, of which 65 % train, 10 % choose and 25 % test')
+    phantoms: int = option(300, 'ours', 'demo: volumes, of which 65 % train, 10 % choose and 25 % test')
 
 
 def parse(config, argv, demo=None, source='data'):
@@ -1241,7 +1241,7 @@ def train(cfg, volumes, device, out):
                               collate_fn=partial(collate, cfg.size)))
     ddp = nn.parallel.DistributedDataParallel(detector, device_ids=[device] if device.type == 'cuda' else None)
     places, seen, bad = anchors(cfg.size).to(device), 0, 0
-    bar = tqdm(total=steps, initial=start * per_epoch, unit='step', disable=rank > 0)
+    bar = tqdm(total=steps, initial=start * per_epoch, unit='step', disable=rank > 0 or not steps)
     for epoch in range(start, cfg.epochs):
         if epoch - best['epoch'] > cfg.patience:
             break
@@ -1913,7 +1913,7 @@ def restored(run):
 
 # ---- the demo -------------------------------------------------------------------------------------------------------
 
-DEMO = dict(out='runs/detect-demo', size=252, channels=64, epochs=10, batch=16, micro_batch=16, lr=2e-3, workers=0,
+DEMO = dict(out='runs/detect-demo', size=252, channels=64, epochs=7, batch=16, micro_batch=16, lr=2e-3, workers=0,
             min_distance=10.0, dropout=0.05)                # 100 pixels of 2457 are 10 of a phantom's 256
 
 
