@@ -1769,7 +1769,6 @@ def run(cfg, device, again=False):
                notes + unread)
         print(f'-> {out}/last.pt, predictions.csv, labels.csv, boxes.csv, lesions.csv')
     dist.barrier()
-    return detector
 
 
 def make_folder(out):
@@ -1782,11 +1781,12 @@ def make_folder(out):
 
 
 def pretrained(cfg):
+    """Whether the encoder starts from a file"""
     return not cfg.random_encoder and os.path.isfile(cfg.encoder)
 
 
-def label(cfg, pretrained):
-    return f"{'trained' if cfg.epochs else 'untrained'}, {'pretrained' if pretrained else 'random'} encoder"
+def label(cfg, learnt):
+    return f"{'trained' if cfg.epochs else 'untrained'}, {'pretrained' if learnt else 'random'} encoder"
 
 
 def introduce(cfg, volumes, notes):
@@ -1874,7 +1874,7 @@ def predict(argv, device):
     for note in notes:
         print(note)
     out, found = make_folder(args.out), []
-    for old in out.glob('finding_[0-9][0-9].png'):                   # of another file
+    for old in out.glob('finding_[0-9][0-9].png'):          # of another file
         old.unlink()
     first = mask.read(args.file, 0)
     turned = upright(first, args.laterality) is not first
@@ -1886,8 +1886,8 @@ def predict(argv, device):
         boxed(image, [(x, y, x + w, y + h, value)]).save(out / f'finding_{i:02d}.png')
         print(f'{args.file}: x {x:.0f}-{x + w:.0f}, y {y:.0f}-{y + h:.0f}, frames {z:.0f}-{z + depth - 1:.0f}, '
               f'score {value:.3f}')
-    (out / 'findings.json').write_text(json.dumps(dict(file=args.file, threshold=threshold, findings=found,
-                                                         notes=notes), indent=1))
+    told = dict(file=args.file, threshold=threshold, findings=found, notes=notes)
+    (out / 'findings.json').write_text(json.dumps(told, indent=1))
     print(f"{len(found)} findings of score {threshold:.3f} or more -> {out}/findings.json"
           + (', finding_*.png' if found else ''))
 
