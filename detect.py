@@ -409,8 +409,8 @@ def boxes_of(logits, deltas, anchors, size, iou=0.1, top=50, per_level=500):
     return boxes[kept], scores[kept]
 
 
-def findings(boxes, scores, slices, overlap=0.5, gap=1):
-    """Which boxes of a volume are one finding -> lists of their numbers, the best box first, best finding first, and
+def grouped(boxes, scores, slices, overlap=0.5, gap=1):
+    """Which boxes of a volume are one finding -> their numbers, the best box first, best finding first, and
     the first and last slice of each.
 
     The best box that is left starts a finding; boxes that share at least `overlap` of the smaller area with it are at
@@ -440,7 +440,7 @@ def findings(boxes, scores, slices, overlap=0.5, gap=1):
 
 
 def merge_slices(boxes, scores, slices, overlap=0.5, gap=1):
-    """The boxes of all slices of a volume, boxes (n, 4), scores (n,), slices (n,) -> its `findings` as rows
+    """The boxes of all slices of a volume, boxes (n, 4), scores (n,), slices (n,) -> its findings (`grouped`) as rows
     x y w h z depth score (m, 7), best first: place and score of the best box, z the first and z + depth - 1 the last
     slice."""
     return merged(boxes, scores, slices, overlap, gap)[:, :7]
@@ -449,7 +449,7 @@ def merge_slices(boxes, scores, slices, overlap=0.5, gap=1):
 def merged(boxes, scores, slices, overlap, gap):
     """(m, 8), the slice of the best box last"""
     boxes, rows = np.asarray(boxes, float).reshape(-1, 4), []
-    for group, first, last in findings(boxes, scores, slices, overlap, gap):
+    for group, first, last in grouped(boxes, scores, slices, overlap, gap):
         x0, y0, x1, y1 = boxes[group[0]]
         rows.append((x0, y0, x1 - x0, y1 - y0, first, last - first + 1, scores[group[0]], slices[group[0]]))
     return np.array(rows, float).reshape(-1, 8)
@@ -678,7 +678,7 @@ def lines_of(path, *columns):
     missing = [name for name in columns if name not in header]
     if missing:
         raise ValueError(f"{path}: no column {', '.join(missing)}; found {', '.join(header) or 'nothing'}")
-    if any(header.count(name) > 1 for name in columns):
+    if any(header.count(name) > 1 for name in header if name):
         raise ValueError(f"{path}: a column stands twice in {', '.join(header)}")
     for line in lines:
         if len(line) > len(header) or any('\n' in cell for cell in line):
@@ -719,8 +719,8 @@ def bcs(cfg):
     Slices count from 0. Actionable volumes, recalled but without a box, are no normals."""
     volumes, found = {}, {}
     for i, (part, total) in enumerate(BCS_VOLUMES.items()):
-        names = [sorted(Path(cfg.root).glob(f'BCS-DBT-{kind}-{part}*.csv'), key=lambda path: path.stem) for kind in (
-            'labels', 'boxes', 'file-paths')]
+        names = [sorted(Path(cfg.root).glob(f'BCS-DBT-{kind}-{part}*.csv'), key=lambda path: (len(path.stem), path))
+                 for kind in ('labels', 'boxes', 'file-paths')]
         if not any(names):
             continue
         if not all(names):
@@ -739,6 +739,8 @@ def bcs(cfg):
             flags = {name: value_of(line, name, labels) == 1 for name in ('Normal', 'Actionable', 'Benign', 'Cancer')}
             for name, flag in flags.items():
                 count[name] += flag
+            if key[2][:1].upper() not in ('L', 'R'):
+                raise ValueError(f"{labels}: the view of {'/'.join(key)} starts with neither l nor r")
             volumes[key] = Volume(key, bcs_file(cfg, files[key]), split, laterality=key[2][:1].upper(),
                                   normal=flags['Normal'])
         for line in lines_of(boxes, *KEY, 'Slice', 'X', 'Y', 'Width', 'Height', 'Class', 'VolumeSlices'):
@@ -816,7 +818,7 @@ def cbis(cfg):
             places[part].append(file)                       # by folder and by series UID; the others changed
 
     def files(cell):
-        folder, _, series, *_ = (part.strip('" \n') for part in (cell + '///').split('/'))
+        folder, _, series, *_ = (part.strip('"') for part in (cell + '///').split('/'))
         return places.get(folder) or places.get(series) or []
 
     volumes = []
@@ -894,23 +896,31 @@ def mias(cfg):
 def listed(cfg):
     """A CSV of your own, at --root or as lesions.csv in it, one row per lesion: path (from the CSV's folder), frame
     (from 0, blank: 0), x0, y0, x1, y1 (pixels of the file; all blank: nothing here), label, volume (its name, by
-    default the path), patient (by default the volume), split (train, val, test or blank throughout)."""
+    default the path), patient (by default the volume), study, view, split (train, val, test or blank throughout),
+    laterality (L or R: may lie upside down), normal (0: no normal to train on)."""
     path = Path(cfg.root) / 'lesions.csv' if os.path.isdir(cfg.root) else Path(cfg.root)
-    volumes, edges = {}, ('x0', 'y0', 'x1', 'y1')
-    for line in lines_of(path, 'path', *edges):
+    volumes, edges, lines = {}, ('x0', 'y0', 'x1', 'y1'), lines_of(path, 'path', 'x0', 'y0', 'x1', 'y1')
+    others = sorted({*lines[0]} - {'path', *edges, 'frame', 'label', 'volume', 'patient', 'split', 'study', 'view',
+                                   'laterality', 'normal'}) if lines else []
+    for line in lines:
+        if not line['path']:
+            raise ValueError(f'{path}: a row without a path')
         name = line.get('volume') or line['path']
         key = (line.get('patient') or name, line.get('study') or name, line.get('view', ''))
         file = os.path.join(path.parent, line['path'])
-        split = line.get('split', '')
-        volume = volumes.setdefault(name, Volume(key, file, split, laterality=line.get('laterality', ''),
-                                                 normal=line.get('normal', '1') != '0'))
-        if (volume.path, volume.split, volume.key) != (file, split, key):
-            raise ValueError(f'{path}: volume {name} has rows with different paths, patients or splits')
+        side, normal = line.get('laterality', ''), line.get('normal', '')
+        if side not in ('', 'L', 'R') or normal not in ('', '0', '1'):
+            raise ValueError(f'{path}: laterality {side!r} and normal {normal!r} of {name}; expected L, R or blank, '
+                             'and 0, 1 or blank')
+        given = Volume(key, file, line.get('split', ''), laterality=side, normal=normal != '0')
+        volume = volumes.setdefault(name, given)
+        if replace(volume, lesions=[]) != given:
+            raise ValueError(f'{path}: volume {name} has rows with different paths, patients, splits or sides')
         if any(line[edge] for edge in edges):
             box = (value_of(line, edge, path) for edge in edges)
             z = whole(line, 'frame', path) if line.get('frame') else 0
             volume.lesions.append((z, *box, line.get('label') or 'lesion'))
-    return list(volumes.values()), []
+    return list(volumes.values()), [f"columns that play no part: {', '.join(others)}"] if others else []
 
 
 DATASETS = dict(bcs=bcs, vindr=vindr, cbis=cbis, mias=mias, csv=listed)
@@ -939,7 +949,9 @@ def load(cfg):
     volumes = usable(cfg, assign(cfg, volumes), notes)
     for split in ('train', 'val', 'test'):
         if not any(v.lesions for v in volumes if v.split == split):
-            raise ValueError('; '.join([f'the {split} split holds no lesion', *notes]))
+            ill = len({v.patient for v in volumes if v.lesions})
+            raise ValueError('; '.join([f'the {split} split holds no lesion; {ill} patients have one in all, of which, '
+                                        'without a column split, a fifth are drawn', *notes]))
     return volumes, notes
 
 
@@ -949,14 +961,20 @@ def usable(cfg, volumes, notes):
     --max_bad of a split are an error, and so is a box that cannot be."""
     kept, bad, out = [], defaultdict(list), 0
     paths = [prepared(cfg, v.path) for v in volumes]
+    for v in volumes:
+        for z, x0, y0, x1, y1, _ in v.lesions:
+            if x1 <= x0 or y1 <= y0 or z < 0:
+                raise ValueError(f'{v.path}: the box {x0:g} {y0:g} {x1:g} {y1:g} on frame {z} has no area, or no '
+                                 'frame; expected x0 < x1, y0 < y1 and frames from 0')
     for v, path in zip(tqdm(volumes, desc='looking for files', unit='file', delay=2), paths):
         try:
             if not os.path.isfile(path):
                 raise OSError(f'{path}: no such file')
             if v.lesions:
-                v.shape = v.shape or mask.shape(v.path)
-                if v.slices not in (0, v.shape[0]):
-                    raise ValueError(f'{v.path} has {v.shape[0]} slices, the label file says {v.slices}')
+                shape = v.shape or mask.shape(v.path)
+                if v.slices not in (0, shape[0]):
+                    raise ValueError(f'{v.path} has {shape[0]} slices, the label file says {v.slices}')
+                v.shape = shape
         except (ValueError, OSError) as problem:
             bad[v.split].append((v, problem))
             continue
@@ -974,11 +992,9 @@ def usable(cfg, volumes, notes):
 
 
 def check_box(volume, z, x0, y0, x1, y1, _):
-    """Whether the box sticks out of its image. ValueError where it has no area, no frame, or misses the image."""
+    """Whether the box sticks out of its image. ValueError where its frame does not exist or it misses the image."""
     (K, H, W), box = volume.shape, f'{volume.path}: the box {x0:g} {y0:g} {x1:g} {y1:g} on frame {z}'
-    if x1 <= x0 or y1 <= y0:
-        raise ValueError(f'{box} has no area; expected x0 < x1 and y0 < y1')
-    if not 0 <= z < K:
+    if z >= K:
         raise ValueError(f'{box}: the file has frames 0 to {K - 1}')
     if x1 <= 0 or y1 <= 0 or x0 >= W or y0 >= H:
         raise ValueError(f'{box} lies outside the image, {W}x{H}')
@@ -1070,7 +1086,9 @@ class Frames(Dataset):
             away = far_from_lesions(volume, mask.shape(volume.path)[0])
             frame = away[len(away) // 2]
         image, shape = self.read(v, frame)
-        return dict(volume=v, frame=z, image=image, shape=mask.shape(volume.path)[1:] if self.cfg.images else shape)
+        if self.cfg.images:
+            shape = (volume.shape or mask.shape(volume.path))[1:]
+        return dict(volume=v, frame=z, image=image, shape=shape)
 
     def augmented(self, v, z, epoch, index):
         """For training; z None is any of the normal frames."""
@@ -1218,8 +1236,8 @@ def autocast(cfg, device):
 
 def train(cfg, volumes, device, out):
     """Epochs until the patience ends; the best by validation counts. -> the detector with its weights, and
-    dict(score, epoch, threshold, weights). OUT/last.pt holds what an exact continuation needs, OUT/log.jsonl a line an
-    epoch."""
+    dict(score, epoch, threshold, weights, pretrained). OUT/last.pt holds what an exact continuation needs,
+    OUT/log.jsonl a line an epoch."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     parts = {split: [v for v in volumes if v.split == split] for split in ('train', 'val')}
     detector = build(cfg).to(device)
@@ -1232,8 +1250,9 @@ def train(cfg, volumes, device, out):
         start, best = restore(cfg, out, detector, optimizer, data)
     if rank == 0:                                           # the lines of epochs that are done stay
         header = json.dumps(dict(config=asdict(cfg), torch=torch.__version__, commit=commit())) + '\n'
-        lines = (out / 'log.jsonl').read_text().splitlines(keepends=True) if start else [header]
-        (out / 'log.jsonl').write_text(''.join(lines[:1 + start]))
+        log = out / 'log.jsonl'
+        lines = log.read_text().splitlines(keepends=True) if start and log.exists() else [header]
+        log.write_text(''.join(lines[:1 + start]))
 
     per_epoch, items = plan(cfg, parts['train'], start, rank, ranks)
     steps, accumulate = cfg.epochs * per_epoch, math.ceil(cfg.batch // ranks / cfg.micro_batch)
@@ -1282,7 +1301,7 @@ def train(cfg, volumes, device, out):
                     images_per_s=cfg.batch * per_epoch / (time.time() - began))
         bar.set_postfix({k: f'{line[k]:.3f}' for k in ('loss', 'validation', 'best')})
         if rank == 0:
-            with open(out / 'log.jsonl', 'a') as file:
+            with open(log, 'a') as file:
                 file.write(json.dumps(line) + '\n')
             keep(cfg, out, detector, optimizer, data, epoch + 1, best)
     bar.close()
@@ -1335,8 +1354,8 @@ def restore(cfg, out, detector, optimizer, data):
             'gap', 'search'}
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
-        changed = [f"{k} {state['config'].get(k)} -> {v}" for k, v in asdict(cfg).items()
-                   if k not in free and state['config'].get(k) != v]
+        changed = [f"{k} {state['config'].get(k)} -> {v}" for k, v in asdict(cfg).items() if state['config'].get(k) != v
+                   and (k not in free or k == 'images' and not (v and state['config'][k]))]
         fits = state['vit'] == detector.encoder.config
         if fits and not changed:
             if cfg.freeze:
@@ -1363,8 +1382,9 @@ def fingerprint(volumes):
 
 
 def validated(cfg, detector, volumes, device):
-    """Mean sensitivity at 1 to 5 false positives per image over the annotated validation slices and as many normal
-    ones; hits within max(half the diagonal, 20 pixels of 518) (6.2.3). -> it, and the score at 1 false positive."""
+    """Mean sensitivity at 1 to 5 false positives per image over the annotated validation slices and --normals times
+    as many normal ones; hits within max(half the diagonal, 20 pixels of 518) (6.2.3). -> it, and the score at 1 false
+    positive."""
     items, truth, found = [(v, z) for v, volume in enumerate(volumes) for z in marked(volume)], [], []
     for v, z in items:
         for x0, y0, x1, y1 in on_frame(volumes[v], [z], volumes[v].shape[1:], cfg.size):
@@ -1460,7 +1480,7 @@ def write_truth(out, volumes):
         known, normal = kinds & {'benign', 'cancer'}, v.normal and not kinds
         labels.append((*v.key, *map(int, (normal, not normal and not known, 'benign' in kinds, 'cancer' in kinds))))
         for z, x0, y0, x1, y1, label in v.lesions:
-            slices = v.shape[0] if v.shape else max(v.slices, 1 + z)                    # of a file that is not there
+            slices = v.shape[0] if v.shape else max(v.slices, 1 + z)                    # of a file that cannot be used
             boxes.append((*v.key, '', z, x0, y0, x1 - x0, y1 - y0, label, '', slices))
     write_csv(out / 'labels.csv', LABEL, labels)
     write_csv(out / 'boxes.csv', BOX, boxes)
@@ -1479,8 +1499,11 @@ def write_list(path, volumes):
 def read_truth(labels, boxes):
     """The challenge's labels and boxes -> volumes [key, slices], truth [key, x, y, w, h, slice], the class of each
     lesion. A volume of one slice is a mammogram, where depth plays no part: it counts as infinitely many."""
-    slices = {bcs_key(line): math.inf for line in lines_of(labels, *KEY)}
-    truth, classes = [], []
+    slices, truth, classes = {}, [], []
+    for line in lines_of(labels, *KEY):
+        if bcs_key(line) in slices:
+            raise ValueError(f"{labels}: {'/'.join(bcs_key(line))} is listed twice")
+        slices[bcs_key(line)] = math.inf
     for line in lines_of(boxes, *BOX[:3], 'Slice', 'X', 'Y', 'Width', 'Height', 'Class', 'VolumeSlices'):
         key = bcs_key(line)
         if key not in slices:
@@ -1538,7 +1561,7 @@ class Scored:
         return np.append(at, at.mean())
 
     def caught(self, weight):
-        """Lesions found at 4 false positives per volume with a lesion, bool (G,)"""
+        """Lesions found at the last score with at most 4 false positives per volume with a lesion, bool (G,)"""
         return caught(self.m, RATES[-1], self.m.ill(weight))
 
     def classes(self, weight, chosen):
@@ -1594,7 +1617,7 @@ def report(runs, volumes, truth, classes, min_distance, draws, seed, out, notes=
         challenge={name: challenge(s.m) for name, s in scored.items()},
         with_lesions=table('sensitivity, volumes with a lesion', heads, Scored.with_lesions),
         all=table('sensitivity, all volumes', heads, Scored.everywhere) if ill < len(volumes) else None,
-        classes=table('found at 4 FP, volumes with a lesion', [*chosen],
+        classes=table('found within 4 FP, with a lesion', [*chosen],
                       lambda s, w: s.classes(w, [*chosen.values()])),
         fauc=table('area up to 1 FP', ['FAUC-1', 'FAUC-1+'], Scored.fauc),
         overlap=overlap_table({name: s.overlap(ones) for name, s in scored.items()}),
@@ -1625,7 +1648,7 @@ def against(scored, intervals):
         gap = intervals(lambda w: two.with_lesions(w)[-1:] - one.with_lesions(w)[-1:])[0].tolist()
         first, second = (s.caught(s.m.each()) for s in (one, two))
         one_alone, two_alone, p = int((first & ~second).sum()), int((second & ~first).sum()), mcnemar(first, second)
-        print(f'\n{b} - {a}: mean sensitivity {gap[0]:+.3f} [{gap[1]:+.3f}, {gap[2]:+.3f}]; lesions found at 4 FP '
+        print(f'\n{b} - {a}: mean sensitivity {gap[0]:+.3f} [{gap[1]:+.3f}, {gap[2]:+.3f}]; lesions found within 4 FP '
               f'per volume with a lesion by {b} alone {two_alone}, by {a} alone {one_alone}, McNemar p = {p:.2g}')
         found[f'{b} - {a}'] = dict(mean_sensitivity=gap, mcnemar=p, alone={a: one_alone, b: two_alone})
     return found
@@ -1671,7 +1694,7 @@ def score(argv):
     if args.draws < 1 or distance is not None and not 0 <= distance < math.inf:
         raise ValueError(f'--draws {args.draws} and --min_distance {distance}: expected at least 1, and 0 or more')
     out = make_folder(args.out)
-    if (out / 'predictions.csv').exists():
+    if any((out / name).exists() for name in ('predictions.csv', 'trained')):
         raise ValueError(f'--out {out} holds a run, whose scores.json would be lost; choose another')
     report({str(name): read_predictions(name) for name in args.predictions}, volumes, truth, classes,
            100.0 if distance is None else distance, args.draws, args.seed, out)
@@ -1735,8 +1758,10 @@ def boxed(image, findings=(), truth=(), side=900):
 def run(cfg, device, again=False):
     """Train, predict the test volumes, write them, score them. `again` may overwrite an earlier run."""
     out, rank = Path(cfg.out), dist.get_rank()
-    begun = any((out / name).exists() for name in ('log.jsonl', 'last.pt', 'trial_000'))
-    held = begun or any((out / name).exists() for name in ('lesions.csv', 'labels.csv', 'boxes.csv', 'predictions.csv'))
+    begun = (out / ('trial_000' if cfg.search else 'log.jsonl')).exists()
+    held = any((out / name).exists() for name in (
+        'log.jsonl', 'trial_000', 'last.pt', 'lesions.csv', 'labels.csv', 'boxes.csv', 'predictions.csv',
+        'scores.json'))
     if held and not again and not (begun and cfg.resume):
         why = 'a run; add --resume to go on with it, or' if begun else 'files that would be lost;'
         raise ValueError(f'{out} holds {why} choose another --out')
@@ -1750,7 +1775,8 @@ def run(cfg, device, again=False):
         if not cfg.resume:
             (out / 'last.pt').unlink(missing_ok=True)
         introduce(cfg, volumes, notes)
-        write_list(out / 'lesions.csv', volumes)
+        if not (begun and cfg.resume):                      # which may be refused yet
+            write_list(out / 'lesions.csv', volumes)
     dist.barrier()
     chosen, detector, best = searched(cfg, volumes, device, out) if cfg.search else (
         cfg, *train(cfg, volumes, device, out))
@@ -1786,15 +1812,15 @@ def pretrained(cfg):
 
 
 def label(cfg, learnt):
-    return f"{'trained' if cfg.epochs else 'untrained'}, {'pretrained' if learnt else 'random'} encoder"
+    return f"{'trained' if cfg.epochs else 'untrained'} on {'pretrained' if learnt else 'random'} encoder"
 
 
 def introduce(cfg, volumes, notes):
     """What is about to be learnt from what, and what was left out."""
     if not os.path.isfile(cfg.encoder):
         print(f'{cfg.encoder} is absent: random encoder. `torchrun pretrain.py` makes one, --encoder names another.')
-    encoder = 'frozen' if cfg.freeze else 'finetuned'
-    print(f'\n{cfg.dataset}; {label(cfg, pretrained(cfg))}, {encoder}; {cfg.size}x{cfg.size}')
+    encoder = f"{cfg.encoder if pretrained(cfg) else 'random weights'}, {'frozen' if cfg.freeze else 'finetuned'}"
+    print(f'\n{cfg.dataset}; encoder {encoder}; {cfg.size}x{cfg.size}, {cfg.channels} channels, {cfg.epochs} epochs')
     for split in ('train', 'val', 'test'):
         part = [v for v in volumes if v.split == split]
         print(f'  {split:5s} {len(part)} images or volumes of {len({v.patient for v in part})} patients, '
@@ -1807,7 +1833,8 @@ def introduce(cfg, volumes, notes):
 
 def searched(cfg, volumes, device, out):
     """--search N: random trials over the ranges of 6.2.3, each trained like any run in OUT/trial_NNN; the best on
-    validation is taken. The paper's ratio of sampled negatives has no counterpart: all anchors count here."""
+    validation is taken, one that diverged never. The paper's ratio of sampled negatives has no counterpart: all anchors
+    count here."""
     trials, winner = [], None
     for i in range(cfg.search):
         trial, place = drawn(cfg, i), out / f'trial_{i:03d}'
@@ -1857,8 +1884,8 @@ def predict(argv, device):
     parser.add_argument('--checkpoint', required=True, metavar='RUN', help='folder that detect.py wrote')
     parser.add_argument('--threshold', type=float, help='least score; by default that of one false positive per image '
                                                         'on the validation slices')
-    parser.add_argument('--laterality', default='', choices=('', 'L', 'R'), help='BCS-DBT: turns volumes that are '
-                                                                                 'stored upside down')
+    parser.add_argument('--laterality', default='', choices=('', 'L', 'R'), help='BCS-DBT: the side, since volumes may '
+                                                                                 'be stored upside down')
     parser.add_argument('--out', default='runs/predict', help='folder to write (default: %(default)s)')
     args = parser.parse_args(argv)
     cfg, detector, best = restored(args.checkpoint)
@@ -1877,13 +1904,12 @@ def predict(argv, device):
     for old in out.glob('finding_[0-9][0-9].png'):          # of another file
         old.unlink()
     first = mask.read(args.file, 0)
-    turned = upright(first, args.laterality) is not first
-    for i, (_, x, y, w, h, z, depth, value, best) in enumerate(row for row in rows if row[-2] >= threshold):
-        found.append(dict(x0=round(x, 1), y0=round(y, 1), x1=round(x + w, 1), y1=round(y + h, 1), frame=int(best),
+    turned, (H, W) = upright(first, args.laterality) is not first, first.shape
+    for i, (_, x, y, w, h, z, depth, value, at) in enumerate(row for row in rows if row[-2] >= threshold):
+        x, y = (W - x - w, H - y - h) if turned else (x, y)                             # as the file has it
+        found.append(dict(x0=round(x, 1), y0=round(y, 1), x1=round(x + w, 1), y1=round(y + h, 1), frame=int(at),
                           first_frame=int(z), last_frame=int(z + depth - 1), score=round(value, 4)))
-        image = mask.read(args.file, int(best))
-        image = image[::-1, ::-1] if turned else image
-        boxed(image, [(x, y, x + w, y + h, value)]).save(out / f'finding_{i:02d}.png')
+        boxed(mask.read(args.file, int(at)), [(x, y, x + w, y + h, value)]).save(out / f'finding_{i:02d}.png')
         print(f'{args.file}: x {x:.0f}-{x + w:.0f}, y {y:.0f}-{y + h:.0f}, frames {z:.0f}-{z + depth - 1:.0f}, '
               f'score {value:.3f}')
     told = dict(file=args.file, threshold=threshold, findings=found, notes=notes)
@@ -1893,7 +1919,7 @@ def predict(argv, device):
 
 
 def restored(run):
-    """-> configuration, detector with its best weights, dict(score, epoch, threshold) of a run."""
+    """-> configuration, detector with its best weights, and `best` of a run, as `train` gives it."""
     path = Path(run) / 'last.pt' if os.path.isdir(run) else Path(run)
     if not path.exists():
         raise ValueError(f'{path}: no such file; --checkpoint takes a folder that detect.py wrote')
@@ -1922,9 +1948,9 @@ def demo(cfg, device):
     folder, again = Path(cfg.out) / 'phantoms', cfg.out == DEMO['out']
     untrained = replace(cfg, root=str(folder), out=f'{cfg.out}/untrained', epochs=0, search=0, resume=False)
     trained = replace(cfg, root=str(folder), out=f'{cfg.out}/trained')
-    begun = (Path(trained.out) / 'last.pt').exists()
-    if not again and not (begun and cfg.resume) and os.path.isdir(cfg.out) and os.listdir(cfg.out):
+    if not again and not (cfg.resume and folder.exists()) and os.path.isdir(cfg.out) and os.listdir(cfg.out):
         raise ValueError(f'{cfg.out} is not empty; choose another --out, or give a data set with --root DIR')
+    dist.barrier()                                          # every rank has looked before anything is written
     if dist.get_rank() == 0:
         print('SMOKE RUN ON PHANTOMS: every part of the method on synthetic breasts, no clinical meaning. '
               'Give a data set with --root DIR.', flush=True)

@@ -461,6 +461,16 @@ def test_the_official_counts_add_up():
     assert sum(detect.BCS_VOLUMES.values()) == 22032
 
 
+def test_a_test_volume_of_another_depth_counts_as_missed(bcs):
+    boxes = bcs / 'BCS-DBT-boxes-test-v2.csv'
+    boxes.write_text(boxes.read_text().replace(',2,8,20', ',30,8,20').replace(',0,4', ',0,60'))
+    volumes, notes = detect.load(Config(dataset='bcs', root=str(bcs), size=84, max_bad=0.5))
+    assert 'has 4 slices, the label file says 60; their lesions count as missed' in notes[-1]
+    detect.write_truth(bcs, [v for v in volumes if v.split == 'test'])
+    _, truth, _ = detect.read_truth(bcs / 'labels.csv', bcs / 'boxes.csv')
+    assert [row[-1] for row in truth] == [30]
+
+
 def test_bcs_files_that_do_not_fit_together_are_named(bcs):
     boxes = bcs / 'BCS-DBT-boxes-test-v2.csv'
     boxes.write_text(boxes.read_text().replace('lcc', 'lcc2'))
@@ -565,8 +575,8 @@ def small_list(folder, *lines):
 @pytest.mark.parametrize('line, words', [
     ('a.npy|0|25|5|35|40|m|a|p|test', None),                # sticks out: counted, not refused
     ('a.npy|0|40|5|50|10|m|a|p|test', 'frame 0 lies outside the image, 30x20'),
-    ('a.npy|0|10|5|10|9|m|a|p|test', 'has no area; expected x0 < x1'),
-    ('a.npy|0|10|9|5|5|m|a|p|test', 'has no area; expected x0 < x1'),
+    ('a.npy|0|10|5|10|9|m|a|p|test', 'has no area, or no frame; expected x0 < x1'),
+    ('a.npy|0|10|9|5|5|m|a|p|test', 'has no area, or no frame; expected x0 < x1'),
     ('a.npy|4|5|5|10|9|m|a|p|test', 'frame 4: the file has frames 0 to 3'),
     ('a.npy|1.5|5|5|10|9|m|a|p|test', 'frame is 1.5 in '),
     ('a.npy|0|5|5|ten|9|m|a|p|test', "x1 is 'ten'"),
@@ -608,13 +618,24 @@ def test_lists_that_contradict_themselves_are_refused(tmp_path):
     ('path,x0,y0,x1,y1,label\na.npy,1,1,5,5,"cancer\nb.npy,1,1,5,5,cancer\n', 'not a readable CSV'),
     ('path,x0,y0,x1,y1,label\na.npy,1,1,5,5,"can\ncer"\n', 'or a line break in one'),
     ('path,x0,y0,x1,y1\na.npy,1,1,5,5,0\n', 'a row has 6 cells for 5 columns'),
-    ('path,x0,y0,x1,x1,y1\na.npy,1,1,5,5,5\n', 'a column stands twice')])
+    ('path,x0,y0,x1,x1,y1\na.npy,1,1,5,5,5\n', 'a column stands twice'),
+    ('path,x0,y0,x1,y1,laterality\na.npy,1,1,5,5,LEFT\n', "laterality 'LEFT' and normal ''"),
+    ('path,x0,y0,x1,y1,normal\na.npy,1,1,5,5,no\n', "laterality '' and normal 'no'"),
+    (',x0,y0,x1,y1,path\n,1,1,5,5,\n', 'a row without a path')])
 def test_lists_in_which_rows_would_vanish_are_refused(tmp_path, text, words):
     small_list(tmp_path)
     (tmp_path / 'lesions.csv').write_text(text)
     with pytest.raises(ValueError) as problem:
         detect.load(Config(root=str(tmp_path)))
     assert words in str(problem.value) and '\n' not in str(problem.value)
+
+
+def test_columns_that_play_no_part_are_told(tmp_path):
+    for i in range(3):
+        np.save(tmp_path / f'{i}.npy', np.zeros((20, 30), np.uint8))
+    write(tmp_path / 'lesions.csv', ['path|x0|y0|x1|y1|split|patient_id', '0.npy|1|1|5|5|train|p',
+                                     '1.npy|1|1|5|5|val|p', '2.npy|1|1|5|5|test|p'])
+    assert detect.load(Config(root=str(tmp_path)))[1] == ['columns that play no part: patient_id']
 
 
 def test_a_label_that_no_box_has_is_refused(tmp_path):
@@ -791,7 +812,7 @@ def test_training_finds_lesions_that_an_untrained_detector_does_not(trained, les
     name, = scores(tmp_path / 'untrained')['challenge']
     before = scores(tmp_path / 'untrained')['challenge'][name]['mean_sensitivity_positive']
     after, = (v['mean_sensitivity_positive'] for v in scores(trained)['challenge'].values())
-    assert name == 'untrained, pretrained encoder' and after > before + 0.3
+    assert name == 'untrained on pretrained encoder' and after > before + 0.3
     cli('score', tmp_path / 'untrained', trained, '--out', tmp_path / 'both', '--draws', 50)
     text = capsys.readouterr().out
     for words in ('McNemar p = ', 'FAUC-1+', 'benign', 'mean of 1-4', 'AP, ', 'top-1, ', 'sensitivity, all volumes'):
@@ -847,8 +868,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(trained, lesions, encoder, tmp_p
     assert torch.load(tmp_path / 'run/last.pt', weights_only=True)['epoch'] == 3
     with pytest.raises(ValueError, match='holds a run; add --resume'):
         cli(*arguments)
-    with pytest.raises(ValueError, match='is the run of another recipe: lr 0.003 -> 0.001'):
-        cli(*arguments, '--resume', '--lr', 1e-3)
+    before = (tmp_path / 'run/lesions.csv').read_text()
+    with pytest.raises(ValueError, match='is the run of another recipe: seed 0 -> 1, lr 0.003 -> 0.001'):
+        cli(*arguments, '--resume', '--lr', 1e-3, '--seed', 1)
+    assert (tmp_path / 'run/lesions.csv').read_text() == before
     cli(*arguments, '--resume')
     for name in ('detector', 'best'):
         one, two = weights(trained, name), weights(tmp_path / 'run', name)
@@ -978,6 +1001,18 @@ def test_predict_writes_findings_in_pixels_of_the_file(trained, lesions, tmp_pat
     assert json.loads((tmp_path / 'found/findings.json').read_text())['findings'] == []
     assert not list((tmp_path / 'found').glob('finding_*.png'))
     assert '0 findings of score 1.000 or more' in capsys.readouterr().out
+
+
+def test_findings_of_a_file_stored_upside_down_are_in_its_own_pixels(trained, lesions, tmp_path):
+    volume = np.load(lesions / '28.npy').copy()
+    volume[..., :6] = 140                                   # the chest wall, bright, on the left
+    np.save(tmp_path / 'v.npy', volume)
+    found = {}
+    for side in 'LR':
+        cli('predict', tmp_path / 'v.npy', '--checkpoint', trained, '--out', tmp_path / side, '--threshold', 0,
+            '--laterality', side)
+        found[side] = json.loads((tmp_path / side / 'findings.json').read_text())['findings'][0]
+    assert all(abs(found['L'][edge] - found['R'][edge]) < 6 for edge in ('x0', 'y0', 'x1', 'y1'))
 
 
 def test_predict_says_what_is_wrong(trained, encoder, lesions, tmp_path):
