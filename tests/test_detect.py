@@ -1003,16 +1003,16 @@ def test_predict_writes_findings_in_pixels_of_the_file(trained, lesions, tmp_pat
     assert '0 findings of score 1.000 or more' in capsys.readouterr().out
 
 
-def test_findings_of_a_file_stored_upside_down_are_in_its_own_pixels(trained, lesions, tmp_path):
-    volume = np.load(lesions / '28.npy').copy()
-    volume[..., :6] = 140                                   # the chest wall, bright, on the left
+def test_findings_of_a_file_stored_upside_down_are_in_its_own_pixels(trained, lesions, tmp_path, monkeypatch):
+    volume = np.load(lesions / '28.npy').copy()             # 80 rows, 60 columns
+    volume[..., 0] = 255                                    # the chest wall is on the left: a left breast
     np.save(tmp_path / 'v.npy', volume)
-    found = {}
-    for side in 'LR':
-        cli('predict', tmp_path / 'v.npy', '--checkpoint', trained, '--out', tmp_path / side, '--threshold', 0,
-            '--laterality', side)
-        found[side] = json.loads((tmp_path / side / 'findings.json').read_text())['findings'][0]
-    assert all(abs(found['L'][edge] - found['R'][edge]) < 6 for edge in ('x0', 'y0', 'x1', 'y1'))
+    monkeypatch.setattr(detect, 'predicted', lambda *given: ([(0, 5, 10, 20, 30, 1, 2, 0.9, 2)], []))
+    for side, corners in dict(L=(5, 10, 25, 40), R=(35, 40, 55, 70)).items():
+        cli('predict', tmp_path / 'v.npy', '--checkpoint', trained, '--out', tmp_path / side, '--laterality', side)
+        found, = json.loads((tmp_path / side / 'findings.json').read_text())['findings']
+        assert tuple(found[edge] for edge in ('x0', 'y0', 'x1', 'y1')) == corners
+        assert (found['frame'], found['first_frame'], found['last_frame']) == (2, 1, 2)
 
 
 def test_predict_says_what_is_wrong(trained, encoder, lesions, tmp_path):
