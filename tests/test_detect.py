@@ -1113,9 +1113,13 @@ def test_a_submission_file_is_scored_as_the_challenge_does(tmp_path):
     found, = scores(tmp_path / 'out')['challenge'].values()
     assert found['sensitivity_at_1_fps_positive'] == 1 and found['sensitivity_at_2_fps_all'] == 1
     assert scores(tmp_path / 'out')['min_distance'] == 100
-    cli(*submission(tmp_path, []))                          # a header and no prediction: zeros
-    found, = scores(tmp_path / 'out')['challenge'].values()
-    assert set(found.values()) == {0.0}
+    for text in ('', ','.join(detect.PREDICTION) + '\n'):   # an empty file, a header alone: zeros
+        arguments = submission(tmp_path, [])
+        (tmp_path / 'sub.csv').write_text(text)
+        cli(*arguments)
+        found = scores(tmp_path / 'out')
+        assert set(next(iter(found['challenge'].values())).values()) == {0.0}
+        assert next(iter(found['with_lesions'].values()))['mean of 1-4'] == [0, 0, 0] and 'NaN' not in json.dumps(found)
 
 
 @pytest.mark.parametrize('predictions, boxes, words', [
