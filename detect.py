@@ -960,14 +960,14 @@ def usable(cfg, volumes, notes):
     validation the others are left out; in the test set they stay, so that their lesions count as missed. More than
     --max_bad of a split are an error, and so is a box that cannot be."""
     kept, bad, out = [], defaultdict(list), 0
-    paths = [prepared(cfg, v.path) for v in volumes]
     for v in volumes:
         for z, x0, y0, x1, y1, _ in v.lesions:
             if x1 <= x0 or y1 <= y0 or z < 0:
                 raise ValueError(f'{v.path}: the box {x0:g} {y0:g} {x1:g} {y1:g} on frame {z} has no area, or no '
                                  'frame; expected x0 < x1, y0 < y1 and frames from 0')
-    for v, path in zip(tqdm(volumes, desc='looking for files', unit='file', delay=2), paths):
+    for v in tqdm(volumes, desc='looking for files', unit='file', delay=2):
         try:
+            path = prepared(cfg, v.path)
             if not os.path.isfile(path):
                 raise OSError(f'{path}: no such file')
             if v.lesions:
@@ -1104,9 +1104,9 @@ class Frames(Dataset):
         if self.cfg.augment:
             image, boxes = augment(rng, image, boxes)
         here, near = torch.from_numpy(boxes).float().split([len(here), len(near)])
-        matched, other = (match(part, self.anchors, self.cfg.high, self.cfg.low) for part in (here, near))
-        matched[(matched == -1) & (other != -1)] = -2       # a lesion marked on another slice is no background here
-        return dict(image=image, boxes=here, match=matched)
+        own, other = (match(part, self.anchors, self.cfg.high, self.cfg.low) for part in (here, near))
+        own[(own == -1) & (other != -1)] = -2               # a lesion marked on another slice is no background here
+        return dict(image=image, boxes=here, match=own)
 
 
 def marked(volume):
@@ -1213,6 +1213,7 @@ def plan(cfg, volumes, start, rank, ranks):
     steps = math.ceil((len(ill) + wanted) / cfg.batch)
 
     def generate():
+        """Lists of (volume, frame or None, epoch, index)"""
         for epoch in range(start, cfg.epochs):
             rng = np.random.default_rng([cfg.seed, epoch])
             healthy = [v for _ in range(math.ceil(wanted / max(len(well), 1))) for v in rng.permutation(well)]
@@ -1232,6 +1233,23 @@ def pixels(images, device):
 
 def autocast(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if cfg.amp is None else cfg.amp)
+
+
+def learn(cfg, ddp, micro, places, device):
+    """The gradients of one step: ratio * focal + box, sums over max(1, positives in the batch over micro-batches and
+    ranks). -> this rank's part of loss, focal and box, (3,)"""
+    positives = torch.tensor(float(sum((batch['match'] >= 0).sum() for batch in micro)), device=device)
+    dist.all_reduce(positives)
+    sums = torch.zeros(3, device=device)
+    for batch in micro:
+        with contextlib.nullcontext() if batch is micro[-1] else ddp.no_sync():
+            with autocast(cfg, device):
+                answers = ddp(pixels(batch['images'], device))
+            terms = torch.stack(losses(cfg, *answers, batch, places)) / positives.clamp_min(1)
+            loss = cfg.ratio * terms[0] + terms[1]
+            (dist.get_world_size() * loss).backward()       # DDP takes the mean over ranks, the loss is their sum
+        sums += torch.stack([loss, *terms]).detach()
+    return sums
 
 
 def train(cfg, volumes, device, out):
@@ -1275,16 +1293,7 @@ def train(cfg, volumes, device, out):
             if seen >= 100 and bad > cfg.max_bad * seen:
                 raise ValueError(f'{bad} of {seen} training images are unusable, --max_bad is {cfg.max_bad}; names are '
                                  'above')
-            positives = torch.tensor(float(sum((batch['match'] >= 0).sum() for batch in micro)), device=device)
-            dist.all_reduce(positives)
-            for i, batch in enumerate(micro):
-                with contextlib.nullcontext() if i == accumulate - 1 else ddp.no_sync():
-                    with autocast(cfg, device):
-                        answers = ddp(pixels(batch['images'], device))
-                    terms = torch.stack(losses(cfg, *answers, batch, places)) / positives.clamp_min(1)
-                    loss = cfg.ratio * terms[0] + terms[1]
-                    (ranks * loss).backward()               # DDP takes the mean over ranks, the loss is their sum
-                sums += torch.stack([loss, *terms]).detach()
+            sums += learn(cfg, ddp, micro, places, device)
             norms.append(nn.utils.clip_grad_norm_(detector.parameters(), cfg.clip).item())
             if not math.isfinite(norms[-1]):
                 raise FloatingPointError(f'step {step}: the gradient is not finite; choose another --out, a lower --lr')
@@ -1436,6 +1445,8 @@ def predicted(cfg, detector, volumes, device):
     findings, its lesions count as missed."""
     mine, items, rows, notes = range(dist.get_rank(), len(volumes), dist.get_world_size()), [], [], []
     for v in mine:
+        if volumes[v].lesions and not volumes[v].shape:     # told by `usable`: missed
+            continue
         try:
             volumes[v].shape = volumes[v].shape or mask.shape(volumes[v].path)
             items += [(v, z) for z in range(volumes[v].shape[0])]

@@ -461,12 +461,16 @@ def test_the_official_counts_add_up():
     assert sum(detect.BCS_VOLUMES.values()) == 22032
 
 
-def test_a_test_volume_of_another_depth_counts_as_missed(bcs):
+def test_a_test_volume_of_another_depth_counts_as_missed(bcs, group, monkeypatch):
     boxes = bcs / 'BCS-DBT-boxes-test-v2.csv'
     boxes.write_text(boxes.read_text().replace(',2,8,20', ',30,8,20').replace(',0,4', ',0,60'))
     volumes, notes = detect.load(Config(dataset='bcs', root=str(bcs), size=84, max_bad=0.5))
     assert 'has 4 slices, the label file says 60; their lesions count as missed' in notes[-1]
-    detect.write_truth(bcs, [v for v in volumes if v.split == 'test'])
+    test, asked = [v for v in volumes if v.split == 'test'], []
+    monkeypatch.setattr(detect, 'detected', lambda cfg, detector, volumes, items, device: asked.extend(items) or ())
+    detect.predicted(Config(size=84), None, test, torch.device('cpu'))
+    assert len(test) == 3 and {test[v].key[2] for v, _ in asked} == {'rmlo', 'lmlo'}
+    detect.write_truth(bcs, test)
     _, truth, _ = detect.read_truth(bcs / 'labels.csv', bcs / 'boxes.csv')
     assert [row[-1] for row in truth] == [30]
 
