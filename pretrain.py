@@ -21,6 +21,8 @@ import resource
 import subprocess
 import sys
 import time
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -202,6 +204,9 @@ def check(cfg, ranks):
 
 # ---- data: item i of the run -> views, masks and a slice pair ------------------------------------------------------
 
+MANY = 1000                                 # files; to fewer neither processes nor a cache are worth their while
+
+
 class Slices(Dataset):
     """Every (file, slice) of a folder, in an endless stream: item i belongs to epoch i // n, and the order inside
     an epoch is a permutation keyed by (seed, epoch). The sample depends on nothing else, neither rank nor worker.
@@ -325,20 +330,71 @@ def index(cfg, folder, rank):
 
 
 def headers(cfg, folder):
-    """-> the readable files below the folder, how many slices each has, and the number of files left out."""
-    files, counts, bad = mask.listing(folder), [], []
-    for path in tqdm(files, desc='reading headers', unit='file', delay=2):
-        try:
-            counts.append(mask.frames(path))
-        except (ValueError, OSError) as problem:
-            counts.append(0)
-            bad.append(str(problem))
+    """-> the readable files below the folder, how many slices each has, and the number of files left out.
+
+    Of more than MANY files the headers are read by all cores and what they say is kept in OUT/index.npz, by path: a
+    run that goes on reads those of new files only. Remove it if a file was replaced by one with other slices."""
+    files, bad, cache = mask.listing(folder), [], Path(cfg.out) / 'index.npz'
+    many = len(files) > MANY
+    known = remembered(cache) if many else {}
+    new = [path for path in files if path not in known]
+    with ProcessPoolExecutor() if len(new) > MANY else contextlib.nullcontext() as pool:
+        found = pool.map(slices_of, new, chunksize=256) if pool else map(slices_of, new)
+        for path, count in zip(new, tqdm(found, total=len(new), desc='reading headers', unit='file', delay=2)):
+            if isinstance(count, str):
+                bad.append(count)
+            else:
+                known[path] = count
     for reason in bad:
         tqdm.write(f'skipped: {reason}', file=sys.stderr)
     if len(bad) == len(files) or len(files) >= 100 and len(bad) > cfg.max_bad * len(files):
         raise ValueError(f'{folder}: {len(bad)} of {len(files)} files cannot be read, --max_bad is {cfg.max_bad}; '
                          f'the first: {bad[0]}')
-    return [path for path, count in zip(files, counts) if count], [count for count in counts if count], len(bad)
+    counts = np.array([known.get(path, 0) for path in files])
+    readable = Paths(path for path, count in zip(files, counts) if count)
+    if many and new:
+        save_index(cache, readable, counts[counts > 0])
+    return readable, counts[counts > 0], len(bad)
+
+
+def slices_of(path):
+    """The number of slices, or why it cannot be known."""
+    try:
+        return mask.frames(path)
+    except (ValueError, OSError) as problem:
+        return str(problem)
+
+
+class Paths:
+    """A million paths as one array of bytes, 0 after each. A list of strings would take three times the memory, and
+    once more in every data worker, which copies what it touches."""
+
+    def __init__(self, paths):
+        self.text = np.frombuffer(b''.join(os.fsencode(path) + b'\0' for path in paths), np.uint8)
+        self.ends = np.flatnonzero(self.text == 0)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        start = self.ends[i - 1] + 1 if i else 0
+        return os.fsdecode(self.text[start:self.ends[i]].tobytes())
+
+
+def save_index(path, paths, counts):
+    part = path.with_name('index.part')
+    with open(part, 'wb') as file:
+        np.savez(file, paths=paths.text, counts=counts)
+    os.replace(part, path)
+
+
+def remembered(path):
+    """{path: slices} of an earlier start, nothing if there was none or it was cut short."""
+    try:
+        with np.load(path, allow_pickle=False) as old:
+            return dict(zip(os.fsdecode(old['paths'].tobytes()).split('\0'), old['counts'].tolist()))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return {}
 
 
 # ---- student and teacher -------------------------------------------------------------------------------------------
@@ -550,7 +606,8 @@ class Log:
     that were written after its checkpoint."""
 
     def __init__(self, cfg, rank, start):
-        self.path, self.cfg, self.rank, self.images, self.clock = Path(cfg.out) / 'log.jsonl', cfg, rank, 0, time.time()
+        self.path, self.cfg, self.rank = Path(cfg.out) / 'log.jsonl', cfg, rank
+        self.images, self.waited, self.clock = 0, 0.0, time.time()
         if rank:
             return
         old = self.path.read_text().splitlines() if start and self.path.exists() else []
@@ -559,15 +616,23 @@ class Log:
         kept = [line for line in whole if json.loads(line)['step'] < start]
         self.path.write_text('\n'.join([*(old[:1] or [header]), *kept]) + '\n')
 
+    @contextlib.contextmanager
+    def waiting(self):
+        start = time.time()
+        yield
+        self.waited += time.time() - start
+
     def write(self, bar, values):
-        """One line of the log, with the images per second since the last one; the losses go to the progress bar."""
+        """One line of the log, with the images per second since the last one; the losses go to the progress bar, with
+        the share of the time that this rank waited for data."""
         now = time.time()
         values |= dict(images_per_s=self.images / (now - self.clock), time=now)
-        self.images, self.clock = 0, now
+        wait, self.images, self.waited, self.clock = self.waited / (now - self.clock), 0, 0.0, now
         if self.rank == 0:
             with open(self.path, 'a') as file:
                 file.write(json.dumps(values) + '\n')
-            bar.set_postfix({k: f'{values[k]:.3f}' for k in ('total', 'image', 'patch', 'slice', 'koleo')})
+            bar.set_postfix({k: f'{values[k]:.3f}' for k in ('total', 'image', 'patch', 'slice', 'koleo')}
+                            | dict(data_wait=f'{wait:.1%}'))
 
 
 def commit():
@@ -625,7 +690,8 @@ def main(cfg):
     start = restore(out / 'last.pt', cfg, parts, watch) if cfg.resume and (out / 'last.pt').exists() else 0
 
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if cfg.amp is None else cfg.amp)
-    ddp = nn.parallel.DistributedDataParallel(student, device_ids=[device] if device.type == 'cuda' else None)
+    ddp = nn.parallel.DistributedDataParallel(student, device_ids=[device] if device.type == 'cuda' else None,
+                                              gradient_as_bucket_view=True)     # one copy of the gradients less
     batches = iter(DataLoader(Slices(cfg, files, counts), num_workers=cfg.workers, collate_fn=collate,
                               batch_sampler=micro_batches(cfg, start, rank, ranks, accumulate),
                               pin_memory=device.type == 'cuda'))
@@ -637,7 +703,8 @@ def main(cfg):
         now = schedules(cfg, step)
         set_rates(optimizer, now, frozen=step < cfg.freeze_last_layer)
 
-        micro = [next(batches) for _ in range(accumulate)]
+        with log.waiting():
+            micro = [next(batches) for _ in range(accumulate)]
         pairs = sum_over_ranks(sum(len(batch['pair']) for batch in micro), device).item() / (ranks * accumulate)
         if step == 0:                                       # the centres start at the mean of the first batch
             with torch.no_grad():
@@ -666,8 +733,7 @@ def main(cfg):
         optimizer.zero_grad()
         update_centers(center, teacher, taught)
         with torch.no_grad():
-            for theta_t, theta_s in zip(teacher.parameters(), student.parameters()):
-                theta_t.lerp_(theta_s, 1 - now['momentum'])
+            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - now['momentum'])
 
         log.images += cfg.batch
         if step % cfg.log_every == 0 or step == cfg.steps - 1:

@@ -13,10 +13,13 @@ Copy this file alone; it imports nothing of this repository.
 
     $ python sampler.py [FILE] [OUT.png]      # contact sheet: tissue-aware beside uniform, with the tissue shares
 """
+import functools
 import math
 import sys
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
@@ -96,6 +99,11 @@ def jitter_table(rng, histogram, brightness, contrast):
     return table.astype(np.uint8)
 
 
+def histogram(image):
+    """How often each grey occurs in a uint8 image, (256,)."""
+    return np.array(Image.fromarray(image).histogram())
+
+
 def solarize(table, threshold=128):
     """Invert the greys at or above the threshold."""
     return np.where(table >= threshold, 255 - table, table)
@@ -110,17 +118,33 @@ def blur(image, sigma):
 
 
 def cut(image, box, size):
-    """Window of a uint8 image, resized to size (h, w) by antialiased bicubic interpolation."""
+    """Window of a uint8 image, resized to size (h, w) by antialiased bicubic interpolation: Pillow's result to one grey
+    level, several times as fast."""
     y0, x0, y1, x1 = box
-    resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
-    return np.asarray(resized)
+    window, (h, w) = image[y0:y1, x0:x1], size
+    if window.size < h * w:                                 # overshoot is clipped after each pass: Pillow's order
+        return _resize_columns(_resize_columns(window.T, w).T, h)
+    return _resize_columns(_resize_columns(window, h).T, w).T
+
+
+def _resize_columns(image, height):
+    """uint8 (H, W) -> (height, W). Torch has a fast way for pixels of four bytes, and to columns it is all the same
+    whether they are the colours of one pixel or four neighbours."""
+    H, W = image.shape
+    four = np.zeros((1, H, -(-W // 4), 4), np.uint8)
+    four.reshape(H, -1)[:, :W] = image
+    four = torch.from_numpy(four).permute(0, 3, 1, 2)                                   # (1, 4, H, W / 4)
+    four = F.interpolate(four, (height, four.shape[3]), mode='bicubic', antialias=True)
+    return four.permute(0, 2, 3, 1).reshape(height, -1).numpy()[:, :W]
 
 
 def tissue_grid(tissue, box, h, w):
-    """Share of tissue under each patch of a window, float32 (h, w): the mask averaged over the patch's area."""
+    """Share of tissue under each patch of a window, float32 (h, w): the mask averaged over the patch's area, of which
+    twelve rows and columns or more are looked at."""
     y0, x0, y1, x1 = box
-    share = Image.fromarray(tissue[y0:y1, x0:x1].astype(np.uint8) * 255).resize((w, h), Image.Resampling.BOX)
-    return np.asarray(share, np.float32) / 255
+    step = max(1, min((y1 - y0) // h, (x1 - x0) // w) // 12)
+    mask = tissue[y0:y1:step, x0:x1:step].view(np.uint8) * np.uint8(255)
+    return np.asarray(Image.fromarray(mask).resize((w, h), Image.Resampling.BOX), np.float32) / 255
 
 
 # ---- the views of one image (2.2) ---------------------------------------------------------------------------------
@@ -146,10 +170,10 @@ def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scal
         view, flipped = cut(image, box, (side, side)), rng.random() < flip
         table = np.arange(256, dtype=np.uint8)
         if rng.random() < jitter:
-            table = jitter_table(rng, np.bincount(view.ravel(), minlength=256), brightness, contrast)
+            table = jitter_table(rng, histogram(view), brightness, contrast)
         if v == 1 and rng.random() < solarizes:
             table = solarize(table)
-        view = table[view]
+        view = table.take(view)
         if rng.random() < blurs[min(v, 2)]:
             view = blur(view, rng.uniform(*sigma))
         mirror = slice(None, None, -1 if flipped else 1)
@@ -181,57 +205,74 @@ def patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0.3), wei
         raise ValueError(f'eps {eps}: must be above 0, or patches without tissue could never be masked')
     if not 0 <= m <= h * w:
         raise ValueError(f'{m} patches to mask, the grid has {h}x{w}')
-    m_max = h * w // 2 if m_max is None else m_max
-    m_max = max(m_max, m_min)
+    m_max = max(h * w // 2 if m_max is None else m_max, m_min)
     table = np.zeros((h + 1, w + 1))
     table[1:, 1:] = grid.cumsum(0).cumsum(1)                                            # sums of any block in 4 reads
-    table = table.tolist()
-    mask, c, floor, failures = np.zeros((h, w), bool), 0, rho, 0
+    rows, uniform = table.tolist(), _uniforms(rng)
+    masked, c, floor, failures = 0, 0, rho, 0               # `masked` is a number whose bit y * w + x is patch (y, x)
     while c < m:
-        bh, bw = _piece(rng, h, w, min(m_min, m - c), min(m_max, m - c), ratio)
-        corner = _corner(rng, table, h, w, bh, bw, floor, weight, eps)
-        if corner is not None:
-            block = mask[corner[0]:corner[0] + bh, corner[1]:corner[1] + bw]
-            new = block.size - int(np.count_nonzero(block))
+        bh, bw = _piece(uniform, h, w, min(m_min, m - c), min(m_max, m - c), ratio)
+        corner = _corner(uniform, rows, h, w, bh, bw, floor, weight, eps) or _corner_of_all(uniform, table, bh, bw,
+                                                                                           floor, weight, eps)
+        if corner:
+            block = _block(bh, bw, w) << corner[0] * w + corner[1]
+            new = (block & ~masked).bit_count()
             if 0 < new <= min(m_max, m - c):
-                block[...] = True
-                c, failures = c + new, 0
+                masked, c, failures = masked | block, c + new, 0
                 continue
         failures += 1
         if failures % 10 == 0:
             floor = max(0.0, floor - rho / 10)
         if failures > 200:                                  # nothing but scattered single patches is left
-            _fill(rng, mask, grid, m - c, weight, eps)
-            c = m
+            break
+    mask = np.unpackbits(np.frombuffer(masked.to_bytes(h * w // 8 + 1, 'little'), np.uint8), count=h * w,
+                         bitorder='little').view(bool).reshape(h, w)
+    if c < m:
+        _fill(rng, mask, grid, m - c, weight, eps)
     if info is not None:
         info['relaxed'] = floor < rho
     return mask
 
 
-def _piece(rng, h, w, low, high, ratio):
+def _uniforms(rng):
+    """One number in [0, 1) after the other; asking the generator for each would cost more than all else here."""
+    while True:
+        yield from rng.random(256).tolist()
+
+
+def _piece(uniform, h, w, low, high, ratio):
     """Height and width of a block of about a_t patches, a_t uniform in [low, high], that fits the grid."""
-    area = rng.uniform(low, high)
-    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    area = low + (high - low) * next(uniform)
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** next(uniform)
     return min(h, max(1, round(math.sqrt(area * aspect)))), min(w, max(1, round(math.sqrt(area / aspect))))
 
 
-def _corner(rng, table, h, w, bh, bw, rho, weight, eps):
-    """A top-left corner drawn with weight pi = weight * r + eps among those with r >= rho; None if there is none.
+@functools.cache
+def _block(bh, bw, w):
+    """The bits of a block of bh x bw patches in the corner of a grid of w columns."""
+    return sum((1 << bw) - 1 << y * w for y in range(bh))
+
+
+def _corner(uniform, rows, h, w, bh, bw, rho, weight, eps):
+    """A top-left corner drawn with weight pi = weight * r + eps among those with r >= rho; None after 32 refusals.
 
     Rejection gives this law without scoring every corner: draw one uniformly, keep it with probability pi / max pi.
     """
-    rows, columns, area = h - bh + 1, w - bw + 1, bh * bw
-    for y, x, u in zip(rng.integers(rows, size=32).tolist(), rng.integers(columns, size=32).tolist(),
-                       rng.random(32).tolist()):
-        r = (table[y + bh][x + bw] - table[y][x + bw] - table[y + bh][x] + table[y][x]) / area
-        if r >= rho and u * (weight + eps) < weight * r + eps:
+    down, right, area = h - bh + 1, w - bw + 1, bh * bw
+    for _ in range(32):
+        y, x = int(next(uniform) * down), int(next(uniform) * right)
+        upper, lower = rows[y], rows[y + bh]
+        r = (lower[x + bw] - upper[x + bw] - lower[x] + upper[x]) / area
+        if r >= rho and next(uniform) * (weight + eps) < weight * r + eps:
             return y, x
-    t = np.array(table)
-    r = (t[bh:, bw:] - t[:-bh, bw:] - t[bh:, :-bw] + t[:-bh, :-bw]) / area              # (rows, columns)
+
+
+def _corner_of_all(uniform, table, bh, bw, rho, weight, eps):
+    """The same draw by scoring every corner; None if there is none with r >= rho."""
+    r = (table[bh:, bw:] - table[:-bh, bw:] - table[bh:, :-bw] + table[:-bh, :-bw]) / (bh * bw)     # (down, right)
     pi = np.where(r >= rho, weight * r.clip(0) + eps, 0).ravel().cumsum()
-    if pi[-1] <= 0:
-        return None
-    return divmod(int(np.searchsorted(pi, rng.random() * pi[-1], side='right')), columns)
+    if pi[-1] > 0:
+        return divmod(int(np.searchsorted(pi, next(uniform) * pi[-1], side='right')), r.shape[1])
 
 
 def _fill(rng, mask, grid, count, weight, eps):
@@ -260,7 +301,7 @@ def pair_views(rng, slice_a, slice_b, tissue, size=518, scale=(0.5, 1.0), ratio=
     pair = []
     for image in (slice_a, slice_b):
         view = cut(image, box, (size, size))
-        pair.append(jitter_table(rng, np.bincount(view.ravel(), minlength=256), brightness, contrast)[view][:, mirror])
+        pair.append(jitter_table(rng, histogram(view), brightness, contrast).take(view)[:, mirror])
     return np.array(pair)
 
 

@@ -267,7 +267,7 @@ def bad_files(folder):
             'nopixels.dcm': 'no pixel data', 'short.dcm': 'cut short', 'huge.dcm': 'declares 60000x60000',
             'huge.pgm': 'more pixels than', 'constant.png': 'constant', 'colour.png': 'colour', 'colour.dcm': 'colour',
             'nan.npy': 'NaN', 'infinite.npy': 'infinite', 'zero.npy': 'shape', 'rgb.npy': 'shape', 'line.npy': 'shape',
-            'objects.npy': 'not a .npy file of numbers', 'text.npy': 'not a .npy', 'cut.npy': 'not a .npy',
+            'objects.npy': 'type object', 'text.npy': 'not a .npy', 'cut.npy': 'cut',
             'padding.dcm': 'padding', 'negative.dcm': 'declares -2 frames', 'palette.dcm': 'not greys',
             'endless.dcm': 'declares 1000000000 frames', 'deep.png': '16-bit colour', 'absent.png': 'No such file'}
 

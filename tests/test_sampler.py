@@ -139,6 +139,29 @@ def test_ablations_place_windows_by_another_law_but_keep_the_true_grid(breast):
     assert out['grids'][0].mean() == pytest.approx(sampler.coverage(tissue, out['boxes'][0]), abs=0.01)
 
 
+@pytest.mark.parametrize('side', [14, 98, 518])
+def test_cutting_is_bicubic_interpolation_as_pillows(breast, side):
+    """One grey level at most, for odd windows anywhere, enlarged and shrunk; noise, the worst image, only shrunk."""
+    noise = np.random.default_rng(side).integers(0, 256, (301, 402), np.uint8)
+    for image in (breast[0][:301], noise):
+        for y0, x0, y1, x1 in ((0, 0, 301, 300), (7, 3, 290, 298), (7, 3, 290, 98), (100, 101, 131, 130), (50, 60, 51, 61)):
+            if image is noise and side > min(y1 - y0, x1 - x0):
+                continue
+            pillow = Image.fromarray(image[y0:y1, x0:x1]).resize((side, side + 7), Image.Resampling.BICUBIC)
+            ours = sampler.cut(image, (y0, x0, y1, x1), (side + 7, side))
+            assert ours.dtype == np.uint8 and np.abs(ours.astype(int) - np.asarray(pillow)).max() <= 1
+
+
+def test_a_patch_of_a_large_window_is_judged_by_every_second_pixel_or_fewer_within_a_few_percent():
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:3328, :2560]
+    tissue = np.hypot((y - 1600) / 1400, x / 1900) < 1
+    for _ in range(3):
+        box, _ = sampler.crop_box(rng, tissue, (0.3, 1.0), (3 / 4, 4 / 3), 0.3)
+        y0, x0, y1, x1 = box
+        whole = np.asarray(Image.fromarray(np.uint8(tissue[y0:y1, x0:x1]) * 255).resize((37, 37), Image.BOX)) / 255
+        assert np.abs(sampler.tissue_grid(tissue, box, 37, 37) - whole).max() < 0.07
+
+
 def test_the_photometric_table_is_the_operations_one_by_one():
     """Brightness and contrast written on pixels, uint8 after each, as torchvision does on a grey image."""
     image = np.random.default_rng(0).integers(0, 256, (40, 40)).astype(np.uint8)
@@ -173,7 +196,9 @@ def literal_patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0
     mask, floor, failures = np.zeros((h, w), bool), rho, 0
     while mask.sum() < m:
         c = int(mask.sum())
-        bh, bw = sampler._piece(rng, h, w, min(m_min, m - c), min(m_max, m - c), ratio)
+        area = rng.uniform(min(m_min, m - c), min(m_max, m - c))
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        bh, bw = (min(side, max(1, round(math.sqrt(area * f)))) for side, f in ((h, aspect), (w, 1 / aspect)))
         corners, pi = [], []
         for y in range(h - bh + 1):
             for x in range(w - bw + 1):
