@@ -74,7 +74,7 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits, temp):
-        return F.softmax((logits.float() - self.center) / temp, dim=-1)
+        return F.softmax((logits.float() - self.center).div_(temp), dim=-1)
 
     @torch.no_grad()
     def update(self, logits, count=None, momentum=None):
@@ -144,12 +144,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_student, grad_prototypes = torch.zeros_like(student), torch.zeros_like(prototypes)
         for start in range(0, len(student), rows):
             chunk = slice(start, start + rows)
-            log_p = F.log_softmax(F.linear(student[chunk], prototypes).float() / temp, dim=-1)      # (rows, K)
-            p_t, w = teacher(chunk).float(), weight[chunk, None]
-            loss -= (w * p_t * log_p).sum()
-            grad_logits = log_p.exp_().sub_(p_t).mul_(w / temp).to(student.dtype)                   # (rows, K)
+            p_t, w = teacher(chunk).float(), weight[chunk]                                          # (rows, K), (rows,)
+            log_p = F.log_softmax(F.linear(student[chunk], prototypes).float().div_(temp), dim=-1)  # (rows, K)
+            loss -= (p_t * log_p).sum(1) @ w
+            grad_logits = log_p.exp_().sub_(p_t).mul_(w[:, None] / temp).to(student.dtype)          # (rows, K)
             grad_student[chunk] = grad_logits @ prototypes
-            grad_prototypes += grad_logits.T @ student[chunk]
+            grad_prototypes.addmm_(grad_logits.T, student[chunk])
+            del p_t, log_p, grad_logits                                                             # before the next ones
         ctx.save_for_backward(grad_student, grad_prototypes)
         return loss
 

@@ -434,7 +434,7 @@ def _runs(index):
 
 # ---- breast tissue ------------------------------------------------------------------------------------------------
 
-COARSE = 256                        # pixels: the self-tuning mask is made on a shorter side of 256 to 511
+COARSE = 192                        # pixels: the self-tuning mask is made on a shorter side of 192 to 383
 
 def tissue(image, percentile=40, kernel=9):
     """The breast-tissue mask M, uint8 (H, W) -> bool (H, W) (MammoDINO 2.2).
@@ -447,7 +447,7 @@ def tissue(image, percentile=40, kernel=9):
     percentile=None tunes itself: theta lies a quarter of the way from the air to Otsu's threshold, then come the same
     closing and opening, the largest piece, holes filled. Pieces are told apart after an opening of a sixteenth of the
     shorter side, which cuts film edges and frames off the breast; half its width around the piece is then given back.
-    All of it happens on means of f x f pixels that leave the shorter side at 256 or more, with the kernel divided by
+    All of it happens on means of f x f pixels that leave the shorter side at 192 or more, with the kernel divided by
     f: outlines do not get better by more pixels, and 8 million of them would take longer than all other sampling.
     """
     _check_uint8(image)

@@ -733,7 +733,8 @@ def main(cfg):
         optimizer.zero_grad()
         update_centers(center, teacher, taught)
         with torch.no_grad():
-            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - now['momentum'])
+            for theta_t, theta_s in zip(teacher.parameters(), student.parameters()):
+                theta_t.lerp_(theta_s, 1 - now['momentum'])
 
         log.images += cfg.batch
         if step % cfg.log_every == 0 or step == cfg.steps - 1:

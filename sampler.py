@@ -93,7 +93,7 @@ def jitter_table(rng, histogram, brightness, contrast):
         if operation == 0:
             table = table * rng.uniform(1 - brightness, 1 + brightness)
         else:
-            mean = (histogram * table).sum() / max(histogram.sum(), 1)
+            mean = int((histogram * table).sum() / max(histogram.sum(), 1) + 0.5)       # whole, as in Pillow
             table = mean + (table - mean) * rng.uniform(1 - contrast, 1 + contrast)
         table = np.floor(table.clip(0, 255))
     return table.astype(np.uint8)
@@ -104,6 +104,11 @@ def histogram(image):
     return np.array(Image.fromarray(image).histogram())
 
 
+def look_up(table, image):
+    """table[image] of uint8 greys; numpy would make whole numbers of 64 bits of the image first."""
+    return np.asarray(Image.fromarray(image).point(table.tolist()))
+
+
 def solarize(table, threshold=128):
     """Invert the greys at or above the threshold."""
     return np.where(table >= threshold, 255 - table, table)
@@ -111,10 +116,18 @@ def solarize(table, threshold=128):
 
 def blur(image, sigma):
     """Gaussian of 9 taps, mirrored at the border, as torchvision's and DINOv2's."""
-    taps = np.exp(-0.5 * (np.arange(-4, 5) / sigma) ** 2).astype(np.float32)
-    taps /= taps.sum()
-    rows = ndimage.correlate1d(image.astype(np.float32), taps, axis=0, mode='mirror')
-    return np.uint8(np.rint(ndimage.correlate1d(rows, taps, axis=1, mode='mirror')))
+    taps = np.exp(-0.5 * (np.arange(5) / sigma) ** 2).astype(np.float32)                # from the middle outwards
+    taps /= 2 * taps.sum() - 1
+    x = np.pad(image, 4, mode='reflect').astype(np.float32)                             # (H + 8, W + 8)
+    for n in image.shape:                                   # rows first, then columns, in two arrays that are reused
+        total = x[4:4 + n] * taps[0]
+        pair = np.empty_like(total)
+        for d in range(1, 5):
+            np.add(x[4 - d:4 - d + n], x[4 + d:4 + d + n], out=pair)
+            pair *= taps[d]
+            total += pair
+        x = total.T
+    return np.rint(x, out=x).astype(np.uint8)
 
 
 def cut(image, box, size):
@@ -124,15 +137,15 @@ def cut(image, box, size):
     window, (h, w) = image[y0:y1, x0:x1], size
     if window.size < h * w:                                 # overshoot is clipped after each pass: Pillow's order
         return _resize_columns(_resize_columns(window.T, w).T, h)
-    return _resize_columns(_resize_columns(window, h).T, w).T
+    return np.ascontiguousarray(_resize_columns(_resize_columns(window, h).T, w).T)
 
 
 def _resize_columns(image, height):
     """uint8 (H, W) -> (height, W). Torch has a fast way for pixels of four bytes, and to columns it is all the same
     whether they are the colours of one pixel or four neighbours."""
     H, W = image.shape
-    four = np.zeros((1, H, -(-W // 4), 4), np.uint8)
-    four.reshape(H, -1)[:, :W] = image
+    four = np.empty((1, H, -(-W // 4), 4), np.uint8)
+    four.reshape(H, -1)[:, :W] = image                                                  # the rest is cut off again
     four = torch.from_numpy(four).permute(0, 3, 1, 2)                                   # (1, 4, H, W / 4)
     four = F.interpolate(four, (height, four.shape[3]), mode='bicubic', antialias=True)
     return four.permute(0, 2, 3, 1).reshape(height, -1).numpy()[:, :W]
@@ -173,7 +186,7 @@ def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scal
             table = jitter_table(rng, histogram(view), brightness, contrast)
         if v == 1 and rng.random() < solarizes:
             table = solarize(table)
-        view = table.take(view)
+        view = look_up(table, view)
         if rng.random() < blurs[min(v, 2)]:
             view = blur(view, rng.uniform(*sigma))
         mirror = slice(None, None, -1 if flipped else 1)
@@ -301,7 +314,7 @@ def pair_views(rng, slice_a, slice_b, tissue, size=518, scale=(0.5, 1.0), ratio=
     pair = []
     for image in (slice_a, slice_b):
         view = cut(image, box, (size, size))
-        pair.append(jitter_table(rng, histogram(view), brightness, contrast).take(view)[:, mirror])
+        pair.append(look_up(jitter_table(rng, histogram(view), brightness, contrast), view)[:, mirror])
     return np.array(pair)
 
 

@@ -348,6 +348,17 @@ def test_tissue_is_the_written_rule():
             np.testing.assert_array_equal(mask.tissue(image, tau, kernel), m)
 
 
+def test_words_of_64_pixels_dilate_and_erode_as_filters_do():
+    """Every way in which a window can lie over the words of a row, narrow images and kernels wider than a word."""
+    rng = np.random.default_rng(0)
+    for shape in ((70, 1), (3, 63), (40, 64), (40, 65), (9, 200)):
+        for kernel in (1, 3, 9, 33, 63, 65, 127, 129, 131):
+            m = rng.random(shape) < rng.choice([0.02, 0.98])
+            for ours, function, outside in ((mask.dilation, ndimage.maximum_filter, 0),
+                                            (mask.erosion, ndimage.minimum_filter, 1)):
+                assert (ours(m, kernel) == square(m, kernel, function, outside)).all(), (shape, kernel)
+
+
 def test_percentile_and_otsu_are_the_textbook_ones():
     rng = np.random.default_rng(0)
     image = rng.normal(90, 40, (31, 47)).clip(0, 255).astype(np.uint8)
@@ -383,6 +394,18 @@ def test_the_self_tuning_mask_keeps_the_breast_and_drops_labels_and_frames(air):
         m = mask.tissue(image, percentile=None)
         assert (m & breast.tissue).sum() / (m | breast.tissue).sum() > 0.95
         assert not (m & label).any()
+
+
+def test_the_self_tuning_mask_of_a_large_image_is_that_of_its_reduction_to_a_few_pixels():
+    """What is enlarged eight times, with odd sides and the noise of single pixels, keeps its outline."""
+    breast = mask.phantom(np.random.default_rng(1))
+    size = (8 * 192 - 3, 8 * 256 - 5)
+    image = np.asarray(Image.fromarray(breast.volume[0]).resize(size, Image.Resampling.BICUBIC)).astype(int)
+    image = np.uint8((image + np.random.default_rng(0).integers(0, 12, image.shape)).clip(0, 255))
+    truth = np.asarray(Image.fromarray(breast.tissue).resize(size))
+    m = mask.tissue(image, percentile=None)
+    assert m.shape == image.shape and (m & truth).sum() / (m | truth).sum() > 0.97
+    assert m[:8, :8].all() or not m[:8, :8].any()                           # one mean of 8 x 8 pixels
 
 
 def test_tissue_and_clahe_refuse_what_is_not_an_8_bit_image():

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import fields
@@ -236,6 +237,39 @@ def test_a_folder_of_nothing_usable_is_refused(tmp_path, group):
         slices(tmp_path)[0]
 
 
+def test_a_large_folder_is_indexed_once_and_afterwards_only_what_is_new(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, 'MANY', 5)                                # all cores from 6 files on
+    data, cfg = tmp_path / 'data', Config(out=str(tmp_path), max_bad=0.5)
+    data.mkdir()
+    for i in range(12):
+        np.save(data / f'{i:02d} ä.npy', np.zeros((1 + i % 3, 9, 9), np.uint8))
+    (data / 'broken.npy').write_bytes(b'no')
+    paths, counts, bad = pretrain.headers(cfg, data)
+    assert [paths[i] for i in range(len(paths))] == [p for p in mask.listing(data) if 'broken' not in p]
+    assert counts.tolist() == [1 + i % 3 for i in range(12)] and bad == 1
+    assert 'broken.npy: not a .npy file' in capsys.readouterr().err
+
+    read = []
+    monkeypatch.setattr(mask, 'frames', lambda path: read.append(os.path.basename(path)) or 7)
+    np.save(data / 'new.npy', np.zeros((9, 9), np.uint8))
+    (data / 'broken.npy').unlink()
+    paths, counts, bad = pretrain.headers(cfg, data)
+    assert read == ['new.npy'] and counts[-1] == 7 and counts.sum() == 24 + 7 and not bad
+    (tmp_path / 'index.npz').write_bytes((tmp_path / 'index.npz').read_bytes()[:99])                # cut short
+    assert pretrain.headers(cfg, data)[1].tolist() == [7] * 13
+
+
+def test_a_data_worker_has_one_thread(folder):
+    class Threads(Slices):
+        def __getitem__(self, i):
+            super().__getitem__(i)
+            return torch.get_num_threads()
+
+    data = slices(folder)
+    data = Threads(data.cfg, data.files, data.counts)
+    assert set(torch.utils.data.DataLoader(data, batch_size=None, sampler=range(4), num_workers=2)) == {1}
+
+
 # ---- student and teacher ------------------------------------------------------------------------------------------
 
 def test_student_and_teacher_start_alike_and_only_the_student_learns():
@@ -368,6 +402,23 @@ def test_two_ranks_give_the_losses_of_one(demo, tmp_path):
         for name in ('image', 'patch', 'slice', 'koleo', 'total', 'grad_norm', 'center_norm', 'patch_center_norm'):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-4), (ours['step'], name)
         assert ours['relaxed'] == theirs['relaxed'] and ours['bad_files'] == 0
+
+
+def test_two_nodes_are_two_ranks(tmp_path):
+    """Two torchrun agents that find each other over loopback: the same log as one agent's two ranks."""
+    _, lines = run(tmp_path / 'one', '--steps', 3, ranks=2)
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc-per-node', '1', '--rdzv-id',
+               'x', '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'localhost:{port}', str(ROOT / 'pretrain.py'), *TINY,
+               '--steps', '3', '--out', str(tmp_path / 'two')]
+    nodes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              env=os.environ | {'OMP_NUM_THREADS': '1'}) for _ in range(2)]
+    texts = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], texts
+    two = [json.loads(line) for line in (tmp_path / 'two' / 'log.jsonl').read_text().splitlines()]
+    assert timeless(two) == timeless(lines) and (tmp_path / 'two' / 'last.pt').exists()
 
 
 def test_accumulation_moves_everything_once_per_step(demo, tmp_path):
