@@ -144,13 +144,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_student, grad_prototypes = torch.zeros_like(student), torch.zeros_like(prototypes)
         for start in range(0, len(student), rows):
             chunk = slice(start, start + rows)
-            p_t, w = teacher(chunk).float(), weight[chunk]                                          # (rows, K), (rows,)
+            p_t, w = teacher(chunk).float(), weight[chunk].float()                                  # (rows, K), (rows,)
             log_p = F.log_softmax(F.linear(student[chunk], prototypes).float().div_(temp), dim=-1)  # (rows, K)
             loss -= (p_t * log_p).sum(1) @ w
             grad_logits = log_p.exp_().sub_(p_t).mul_(w[:, None] / temp).to(student.dtype)          # (rows, K)
             grad_student[chunk] = grad_logits @ prototypes
             grad_prototypes.addmm_(grad_logits.T, student[chunk])
-            del p_t, log_p, grad_logits                                                             # before the next ones
+            del p_t, log_p, grad_logits                     # before the next ones are made
         ctx.save_for_backward(grad_student, grad_prototypes)
         return loss
 

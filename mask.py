@@ -187,12 +187,12 @@ def _open_npy(path):
 def _npy_header(file):
     """(K, H, W) of an open .npy file, K = 1 for (H, W). Maps nothing, for a data set may have a million files."""
     try:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        version = np.lib.format.read_magic(file)[0]
+        read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version]
         shape, _, dtype = read_header(file)
-    except ValueError as error:
+    except Exception as error:                              # the header is text that a parser of Python reads
         raise ValueError('not a .npy file of numbers; expected an array saved by numpy.save') from error
-    if len(shape) not in (2, 3) or 0 in shape or dtype.kind not in 'uifb' or shape[-1] <= 4:
+    if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind not in 'uifb' or shape[-1] <= 4:
         raise ValueError(f'an array of shape {shape} and type {dtype}; expected numbers (H, W) or (K, H, W)')
     _check_size(*shape[-2:])
     if os.fstat(file.fileno()).st_size < file.tell() + math.prod(shape) * dtype.itemsize:
@@ -399,7 +399,7 @@ def clahe(image, clip=2.0, tiles=8):
 
 
 def _blend(a, b, f):
-    """a (1 - f) + b f, in the memory of a: a new array for every product would double the time."""
+    """a (1 - f) + b f, in the memory of a and b."""
     a *= 1 - f
     b *= f
     a += b
@@ -448,18 +448,17 @@ def tissue(image, percentile=40, kernel=9):
     closing and opening, the largest piece, holes filled. Pieces are told apart after an opening of a sixteenth of the
     shorter side, which cuts film edges and frames off the breast; half its width around the piece is then given back.
     All of it happens on means of f x f pixels that leave the shorter side at 192 or more, with the kernel divided by
-    f: outlines do not get better by more pixels, and 8 million of them would take longer than all other sampling.
+    f but three at least: outlines do not get better by more pixels, and 8 million of them would take longer than all
+    other sampling.
     """
     _check_uint8(image)
     if percentile is not None and not 0 <= percentile <= 100:
         raise ValueError(f'percentile {percentile}: expected 0..100, or None')
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f'kernel {kernel}: expected an odd number of pixels')
     if percentile is not None:
         theta = _percentile(_histogram(image), percentile)
         return opening(closing(image > int(theta), kernel), kernel)                     # greys are whole numbers
     (H, W), f = image.shape, max(1, min(image.shape) // COARSE)
-    image, kernel = np.asarray(Image.fromarray(image).reduce(f)), kernel // f | 1       # (ceil(H / f), ceil(W / f))
+    image, kernel = np.asarray(Image.fromarray(image).reduce(f)), max(min(3, kernel), kernel // f | 1)
     mask = opening(closing(image > int(_above_air(image)), kernel), kernel)
     wide = max(kernel, min(image.shape) // 16 | 1)
     core = _largest(opening(mask, wide))
@@ -519,11 +518,13 @@ def dilation(mask, kernel):
     64 pixels at a time: the bits of a word are neighbours in a row, pixel x is bit x % 64. A window that starts at
     the pixel doubles its span by OR with itself, moved; at the end it is moved back to be centred.
     """
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f'kernel {kernel}: expected an odd number of pixels')
     W, half = mask.shape[1], kernel // 2
     words, bits = divmod(half, 64)
     packed = np.packbits(mask, axis=1, bitorder='little')                               # (H, ceil(W / 8)) bytes
     packed = np.pad(packed, ((half, half), (8 * words + 8, 16 - packed.shape[1] % 8)))  # air all around
-    window, span = packed.view(np.uint64), 1
+    window, span = np.ascontiguousarray(packed).view(np.uint64), 1
     while span < kernel:
         step = min(span, kernel - span, 63)                 # a word is at most one word further
         window = window[:-step] | window[step:]

@@ -21,8 +21,8 @@ import resource
 import subprocess
 import sys
 import time
-import zipfile
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -332,28 +332,34 @@ def index(cfg, folder, rank):
 def headers(cfg, folder):
     """-> the readable files below the folder, how many slices each has, and the number of files left out.
 
-    Of more than MANY files the headers are read by all cores and what they say is kept in OUT/index.npz, by path: a
-    run that goes on reads those of new files only. Remove it if a file was replaced by one with other slices."""
+    Of more than MANY files the headers are read by all cores and what they say is kept in OUT/index.npz; the next
+    start reads those of files that are new or written since."""
     files, bad, cache = mask.listing(folder), [], Path(cfg.out) / 'index.npz'
     many = len(files) > MANY
+    written = np.array([modified(path) if many else 0 for path in files])
     known = remembered(cache) if many else {}
+    known = {path: known[path][0] for path, when in zip(files, written.tolist())
+             if path in known and known[path][1] == when}
     new = [path for path in files if path not in known]
-    with ProcessPoolExecutor() if len(new) > MANY else contextlib.nullcontext() as pool:
-        found = pool.map(slices_of, new, chunksize=256) if pool else map(slices_of, new)
-        for path, count in zip(new, tqdm(found, total=len(new), desc='reading headers', unit='file', delay=2)):
-            if isinstance(count, str):
-                bad.append(count)
-            else:
-                known[path] = count
+    try:
+        with ProcessPoolExecutor() if len(new) > MANY else contextlib.nullcontext() as pool:
+            found = pool.map(slices_of, new, chunksize=256) if pool else map(slices_of, new)
+            for path, count in zip(new, tqdm(found, total=len(new), desc='reading headers', unit='file', delay=2)):
+                if isinstance(count, str):
+                    bad.append(count)
+                else:
+                    known[path] = count
+    except BrokenProcessPool:
+        raise ValueError('a process that read headers died, probably out of memory; start again') from None
     for reason in bad:
         tqdm.write(f'skipped: {reason}', file=sys.stderr)
     if len(bad) == len(files) or len(files) >= 100 and len(bad) > cfg.max_bad * len(files):
         raise ValueError(f'{folder}: {len(bad)} of {len(files)} files cannot be read, --max_bad is {cfg.max_bad}; '
                          f'the first: {bad[0]}')
     counts = np.array([known.get(path, 0) for path in files])
-    readable = Paths(path for path, count in zip(files, counts) if count)
-    if many and new:
-        save_index(cache, readable, counts[counts > 0])
+    readable = Paths(path for path in files if path in known)
+    if many and len(new) > len(bad):
+        remember(cache, readable, counts[counts > 0], written[counts > 0])
     return readable, counts[counts > 0], len(bad)
 
 
@@ -366,8 +372,8 @@ def slices_of(path):
 
 
 class Paths:
-    """A million paths as one array of bytes, 0 after each. A list of strings would take three times the memory, and
-    once more in every data worker, which copies what it touches."""
+    """A million paths as one array of bytes, 0 after each. A list of strings would be copied by every data worker,
+    string by string, as it looks at them."""
 
     def __init__(self, paths):
         self.text = np.frombuffer(b''.join(os.fsencode(path) + b'\0' for path in paths), np.uint8)
@@ -381,19 +387,32 @@ class Paths:
         return os.fsdecode(self.text[start:self.ends[i]].tobytes())
 
 
-def save_index(path, paths, counts):
-    part = path.with_name('index.part')
-    with open(part, 'wb') as file:
-        np.savez(file, paths=paths.text, counts=counts)
-    os.replace(part, path)
+def modified(path):
+    """When the file was written, ns; -1 if it cannot be asked."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return -1
+
+
+def remember(path, paths, counts, written):
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    try:
+        with open(part, 'wb') as file:
+            np.savez(file, paths=paths.text, counts=counts, written=written)
+        os.replace(part, path)
+    except OSError as problem:                              # it only saves time
+        part.unlink(missing_ok=True)
+        tqdm.write(f'{path} cannot be written ({problem}); the headers are read again next time', file=sys.stderr)
 
 
 def remembered(path):
-    """{path: slices} of an earlier start, nothing if there was none or it was cut short."""
+    """{path: (slices, when it was written)} of an earlier start; nothing if there was none."""
     try:
         with np.load(path, allow_pickle=False) as old:
-            return dict(zip(os.fsdecode(old['paths'].tobytes()).split('\0'), old['counts'].tolist()))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            paths = os.fsdecode(old['paths'].tobytes()).split('\0')
+            return dict(zip(paths, zip(old['counts'].tolist(), old['written'].tolist())))
+    except Exception:                                       # cut short, or something else by that name
         return {}
 
 

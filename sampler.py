@@ -45,10 +45,11 @@ def crop_box(rng, tissue, scale, ratio, rho):
     window holds the pixel and stays inside the image, and if all is tissue its place is uniform, DINOv2's law.
     """
     H, W = tissue.shape
-    barren = not tissue.any()
     for attempt in range(2 * TRIES):
         h, w = _shape(rng, H, W, scale, ratio)
-        y, x = (rng.integers(H), rng.integers(W)) if barren else _tissue_pixel(rng, tissue)
+        pixel = _tissue_pixel(rng, tissue)
+        barren = pixel is None
+        y, x = (rng.integers(H), rng.integers(W)) if barren else pixel
         y0, x0 = int((y + rng.random()) * (H - h + 1) / H), int((x + rng.random()) * (W - w + 1) / W)
         box = y0, x0, y0 + h, x0 + w
         floor = rho * min(1.0, 2 - (attempt + 1) / TRIES)                               # rho, rho, ..., 0
@@ -70,14 +71,14 @@ def _shape(rng, H, W, scale, ratio):
 
 
 def _tissue_pixel(rng, tissue):
-    """A uniform random pixel of the mask: by rejection, which costs nothing unless the breast is tiny."""
+    """A uniform random pixel of the mask: by rejection, which costs nothing unless the breast is tiny. None without."""
     H, W = tissue.shape
     for _ in range(64):
-        y, x = int(rng.integers(H)), int(rng.integers(W))
+        y, x = int(rng.random() * H), int(rng.random() * W)
         if tissue[y, x]:
             return y, x
     inside = np.flatnonzero(tissue)
-    return divmod(int(inside[rng.integers(len(inside))]), W)
+    return divmod(int(inside[rng.integers(len(inside))]), W) if len(inside) else None
 
 
 # ---- photometry: DINOv2's, as one table of 256 greys --------------------------------------------------------------
@@ -119,7 +120,7 @@ def blur(image, sigma):
     taps = np.exp(-0.5 * (np.arange(5) / sigma) ** 2).astype(np.float32)                # from the middle outwards
     taps /= 2 * taps.sum() - 1
     x = np.pad(image, 4, mode='reflect').astype(np.float32)                             # (H + 8, W + 8)
-    for n in image.shape:                                   # rows first, then columns, in two arrays that are reused
+    for n in image.shape:                                   # one axis, then the other, in two arrays each
         total = x[4:4 + n] * taps[0]
         pair = np.empty_like(total)
         for d in range(1, 5):
@@ -131,11 +132,12 @@ def blur(image, sigma):
 
 
 def cut(image, box, size):
-    """Window of a uint8 image, resized to size (h, w) by antialiased bicubic interpolation: Pillow's result to one grey
-    level, several times as fast."""
+    """Window of a uint8 image, resized to size (h, w) by antialiased bicubic interpolation: several times as fast as
+    Pillow, with its result to one grey level. Only where white letters on black overshoot 0..255, which is clipped
+    between the axes, may they differ by ten: the faster axis comes first here, and for Pillow the rows."""
     y0, x0, y1, x1 = box
     window, (h, w) = image[y0:y1, x0:x1], size
-    if window.size < h * w:                                 # overshoot is clipped after each pass: Pillow's order
+    if h > y1 - y0 or w > x1 - x0:                          # enlarged, so it is small: Pillow's order costs nothing
         return _resize_columns(_resize_columns(window.T, w).T, h)
     return np.ascontiguousarray(_resize_columns(_resize_columns(window, h).T, w).T)
 
@@ -152,11 +154,11 @@ def _resize_columns(image, height):
 
 
 def tissue_grid(tissue, box, h, w):
-    """Share of tissue under each patch of a window, float32 (h, w): the mask averaged over the patch's area, of which
-    twelve rows and columns or more are looked at."""
+    """Share of tissue under each patch of a window, float32 (h, w): the mask averaged over the patch's area. Of patches
+    of 24 pixels and more every second row and column counts, of 36 every third, and so on."""
     y0, x0, y1, x1 = box
     step = max(1, min((y1 - y0) // h, (x1 - x0) // w) // 12)
-    mask = tissue[y0:y1:step, x0:x1:step].view(np.uint8) * np.uint8(255)
+    mask = tissue[y0 + step // 2:y1:step, x0 + step // 2:x1:step].astype(np.uint8) * np.uint8(255)
     return np.asarray(Image.fromarray(mask).resize((w, h), Image.Resampling.BOX), np.float32) / 255
 
 
@@ -248,7 +250,7 @@ def patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0.3), wei
 
 
 def _uniforms(rng):
-    """One number in [0, 1) after the other; asking the generator for each would cost more than all else here."""
+    """One number in [0, 1) after the other: to ask the generator for each would cost a third more time."""
     while True:
         yield from rng.random(256).tolist()
 

@@ -356,6 +356,7 @@ def test_words_of_64_pixels_dilate_and_erode_as_filters_do():
             m = rng.random(shape) < rng.choice([0.02, 0.98])
             for ours, function, outside in ((mask.dilation, ndimage.maximum_filter, 0),
                                             (mask.erosion, ndimage.minimum_filter, 1)):
+                assert (ours(m.T, kernel) == ours(m, kernel).T).all()                   # another order in memory
                 assert (ours(m, kernel) == square(m, kernel, function, outside)).all(), (shape, kernel)
 
 
@@ -406,6 +407,15 @@ def test_the_self_tuning_mask_of_a_large_image_is_that_of_its_reduction_to_a_few
     m = mask.tissue(image, percentile=None)
     assert m.shape == image.shape and (m & truth).sum() / (m | truth).sum() > 0.97
     assert m[:8, :8].all() or not m[:8, :8].any()                           # one mean of 8 x 8 pixels
+
+
+@pytest.mark.parametrize('kind', ['u1', 'i1', '<u2', '>u2', '<i2', '>i2', '<i4', '<f4'])
+def test_8_bits_are_the_rounded_share_of_the_range_for_every_type(kind):
+    pixels = np.random.default_rng(0).integers(-100, 101, (30, 40)).astype(kind)
+    low, high = float(pixels.min()), float(pixels.max())
+    expected = np.rint((pixels.astype(float) - low) * (255 / (high - low)))
+    np.testing.assert_array_equal(mask.to_uint8(pixels), expected)
+    np.testing.assert_array_equal(mask.to_uint8(pixels.T), expected.T)
 
 
 def test_tissue_and_clahe_refuse_what_is_not_an_8_bit_image():

@@ -255,8 +255,12 @@ def test_a_large_folder_is_indexed_once_and_afterwards_only_what_is_new(tmp_path
     (data / 'broken.npy').unlink()
     paths, counts, bad = pretrain.headers(cfg, data)
     assert read == ['new.npy'] and counts[-1] == 7 and counts.sum() == 24 + 7 and not bad
-    (tmp_path / 'index.npz').write_bytes((tmp_path / 'index.npz').read_bytes()[:99])                # cut short
-    assert pretrain.headers(cfg, data)[1].tolist() == [7] * 13
+    os.utime(data / 'new.npy', ns=(0, 0))                                   # written since
+    assert pretrain.headers(cfg, data)[1].sum() == 31 and read == ['new.npy'] * 2
+    index = (tmp_path / 'index.npz').read_bytes()
+    for broken in (index[:99], b'', (data / 'new.npy').read_bytes()):
+        (tmp_path / 'index.npz').write_bytes(broken)
+        assert pretrain.headers(cfg, data)[1].tolist() == [7] * 13
 
 
 def test_a_data_worker_has_one_thread(folder):
