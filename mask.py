@@ -19,7 +19,9 @@ import contextlib
 import csv
 import math
 import os
+import signal
 import sys
+import time
 import warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -675,16 +677,16 @@ def prepare(src, dst, side=1024, workers=None):
         taken.setdefault(target, relative)
 
     dst.mkdir(parents=True, exist_ok=True)
+    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
-        with ProcessPoolExecutor(workers) as pool, tqdm(total=len(todo), unit='file') as bar:
-            for path, reason in _in_order_of_completion(pool, todo, side):
-                bar.update()
-                written += not reason
-                if reason:
-                    rejected.append((os.path.relpath(path, src), reason))
+        for path, reason in tqdm(_in_order_of_completion(pool, todo, side), total=len(todo), unit='file'):
+            written += not reason
+            if reason:
+                rejected.append((os.path.relpath(path, src), reason))
     except BrokenProcessPool:
         raise ValueError('a worker died, probably out of memory; lower --workers and start again') from None
     finally:
+        pool.shutdown(cancel_futures=True)                  # after Ctrl-C: the files at work are finished, no others
         with open(dst / 'rejected.csv', 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
             csv.writer(file).writerows([('file', 'reason'), *sorted(rejected)])
     return written, skipped, len(rejected)
@@ -737,8 +739,10 @@ def _main(arguments):
         parser.add_argument('--side', type=int, default=1024,
                             help='pixels of the shorter side at most; files that are there already keep theirs')
         parser.add_argument('--workers', type=int, help='processes (default: all cores)')
+        start = time.time()
         written, skipped, rejected = prepare(**vars(parser.parse_args(arguments[1:])))
-        print(f'{written} written, {skipped} were there, {rejected} rejected (named in DST/rejected.csv)')
+        print(f'{written} written, {written / (time.time() - start):.1f} files/s, {skipped} were there, {rejected} '
+              'rejected (named in DST/rejected.csv)')
         if not written + skipped:
             raise ValueError('not one file could be prepared')
         return
@@ -767,3 +771,5 @@ if __name__ == '__main__':
         _main(sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f'mask.py: {error}')
+    except KeyboardInterrupt:
+        sys.exit('mask.py: stopped; the same command goes on from here')

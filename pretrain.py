@@ -5,8 +5,9 @@
     $ torchrun pretrain.py --data DIR --init dinov2_vitb14_pretrain.pth --resume
 
 DIR holds DICOM, PNG, TIFF, PGM, JPEG or prepared .npy files, at any depth; a file of several frames is a DBT volume.
-The run's folder `--out` receives log.jsonl (the first line is the configuration) and last.pt (weights, optimizer,
-centres); `--resume` goes on from there as if it had never stopped. Plain `python pretrain.py` works as well.
+The run's folder `--out` receives log.jsonl (the first line is the configuration), last.pt (weights, optimizer,
+centres) and, of a large data set, index.npz (its files); `--resume` goes on from there as if it had never stopped.
+Plain `python pretrain.py` works as well.
 
 One step, over all ranks and micro-batches:
     views, masks, slice pairs of 128 images  ->  student and teacher tokens  ->  four losses  ->  AdamW  ->  teacher EMA
@@ -334,37 +335,38 @@ def headers(cfg, folder):
 
     Of more than MANY files the headers are read by all cores and what they say is kept in OUT/index.npz; the next
     start reads those of files that are new or written since."""
-    files, bad, cache = mask.listing(folder), [], Path(cfg.out) / 'index.npz'
+    files, cache = mask.listing(folder), Path(cfg.out) / 'index.npz'
     many = len(files) > MANY
     written = np.array([modified(path) if many else 0 for path in files])
-    known = remembered(cache) if many else {}
-    known = {path: known[path][0] for path, when in zip(files, written.tolist())
-             if path in known and known[path][1] == when}
-    new = [path for path in files if path not in known]
-    try:
-        with ProcessPoolExecutor() if len(new) > MANY else contextlib.nullcontext() as pool:
-            found = pool.map(slices_of, new, chunksize=256) if pool else map(slices_of, new)
-            for path, count in zip(new, tqdm(found, total=len(new), desc='reading headers', unit='file', delay=2)):
-                if isinstance(count, str):
-                    bad.append(count)
-                else:
-                    known[path] = count
-    except BrokenProcessPool:
-        raise ValueError('a process that read headers died, probably out of memory; start again') from None
+    old = remembered(cache) if many else {}
+    known = {path: old[path][0] for path, when in zip(files, written.tolist()) if path in old and old[path][1] == when}
+    found = read_headers([path for path in files if path not in known])
+    bad = [reason for reason in found.values() if isinstance(reason, str)]
     for reason in bad:
         tqdm.write(f'skipped: {reason}', file=sys.stderr)
     if len(bad) == len(files) or len(files) >= 100 and len(bad) > cfg.max_bad * len(files):
         raise ValueError(f'{folder}: {len(bad)} of {len(files)} files cannot be read, --max_bad is {cfg.max_bad}; '
                          f'the first: {bad[0]}')
-    counts = np.array([known.get(path, 0) for path in files])
-    readable = Paths(path for path in files if path in known)
-    if many and len(new) > len(bad):
-        remember(cache, readable, counts[counts > 0], written[counts > 0])
-    return readable, counts[counts > 0], len(bad)
+    known |= {path: count for path, count in found.items() if not isinstance(count, str)}
+    readable = [path in known for path in files]
+    paths = Paths(path for path in files if path in known)
+    counts = np.array([known[path] for path in files if path in known])
+    if many and len(found) > len(bad):
+        remember(cache, paths, counts, written[readable])
+    return paths, counts, len(bad)
+
+
+def read_headers(files):
+    """{path: its number of slices, or why it cannot be known}; of more than MANY by all cores."""
+    try:
+        with ProcessPoolExecutor() if len(files) > MANY else contextlib.nullcontext() as pool:
+            found = pool.map(slices_of, files, chunksize=256) if pool else map(slices_of, files)
+            return dict(zip(files, tqdm(found, total=len(files), desc='reading headers', unit='file', delay=2)))
+    except BrokenProcessPool:
+        raise ValueError('a process that read headers died, probably out of memory; start again') from None
 
 
 def slices_of(path):
-    """The number of slices, or why it cannot be known."""
     try:
         return mask.frames(path)
     except (ValueError, OSError) as problem:
@@ -396,6 +398,7 @@ def modified(path):
 
 
 def remember(path, paths, counts, written):
+    """The index of this start for the next one."""
     part = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
         with open(part, 'wb') as file:

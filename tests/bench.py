@@ -76,8 +76,9 @@ def memory(ours, theirs, goal):
     """Prints a row of the MiB that two expressions need, each in a process of its own: what a process has freed and
     keeps would hide it."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')} | dict(PYTHONPATH=f'{ROOT}/tests')
-    a, b = (float(subprocess.run([sys.executable, '-c', f'import bench; from bench import *; weigh({run})'], env=plain,
-                                 check=True, capture_output=True, text=True).stdout) for run in (ours, theirs))
+    start = 'from bench import decoded, ibot_sides, mask, weigh; '
+    a, b = (float(subprocess.run([sys.executable, '-c', f'{start}weigh({run})'], env=plain, check=True,
+                                 capture_output=True, text=True).stdout) for run in (ours, theirs))
     row('the same, memory', f'{a:.0f} MiB | {b:.0f} MiB | {b / max(a, 1):.1f}', goal)
 
 
@@ -100,7 +101,7 @@ def weigh(run):
 
 
 def resident():
-    return int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize() / 2 ** 20
+    return int((Path('/') / 'proc/self/statm').read_text().split()[1]) * resource.getpagesize() / 2 ** 20
 
 
 def mammogram(H, W):

@@ -64,3 +64,11 @@ def test_the_readme_names_only_what_exists():
     known = fields | {'help', 'side', 'checkpoint', 'labels', 'boxes', 'threshold'}
     for flag in re.findall(r'`--(\w+)', readme):
         assert flag in known or flag.startswith(('nproc', 'no')), flag
+
+
+def test_the_bench_prints_its_rows():
+    """Two quick rows, once round: not a measurement, but a bench that no longer runs is noticed."""
+    done = subprocess.run([sys.executable, ROOT / 'tests' / 'bench.py', 'table', 'masks', '--rounds', '1'],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ' 0 pixels differ' in done.stdout and 'patch masks' in done.stdout

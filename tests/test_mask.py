@@ -3,8 +3,10 @@ import csv
 import importlib.util
 import io
 import os
+import signal
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -485,6 +487,25 @@ def test_prepare_keeps_the_tree_goes_on_where_it_stopped_and_lists_what_it_canno
                          (dict(dst=dst, workers=0), '--workers 0')]:
         with pytest.raises(ValueError, match=words):
             mask.prepare(src, **wrong)
+
+
+def test_an_interrupted_prepare_leaves_whole_files_and_goes_on(tmp_path):
+    for i in range(60):
+        np.save(tmp_path / f'{i:03d}.npy', ramp(shape=(600, 500)))
+    command = [sys.executable, ROOT / 'mask.py', 'prepare', tmp_path, f'{tmp_path}-out', '--workers', '2']
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    out = tmp_path.with_name(tmp_path.name + '-out')
+    while not list(out.glob('*.npy')):
+        time.sleep(0.01)
+        assert started.poll() is None
+    os.killpg(started.pid, signal.SIGINT)                                   # what Ctrl-C sends, to the workers too
+    words = started.communicate(timeout=60)[1]
+    assert started.returncode == 1 and words.endswith('the same command goes on from here\n') and 'Traceback' not in words
+    whole = len(list(out.glob('*.npy')))
+    assert 0 < whole < 60 and not list(out.glob('*.part'))
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert f'{60 - whole} written' in again.stdout and f'{whole} were there' in again.stdout, again
+    assert len({path.read_bytes() for path in out.glob('*.npy')}) == 1
 
 
 def test_the_command_line_shows_the_mask(tmp_path):
