@@ -500,7 +500,8 @@ def test_an_interrupted_prepare_leaves_whole_files_and_goes_on(tmp_path):
         assert started.poll() is None
     os.killpg(started.pid, signal.SIGINT)                                   # what Ctrl-C sends, to the workers too
     words = started.communicate(timeout=60)[1]
-    assert started.returncode == 1 and words.endswith('the same command goes on from here\n') and 'Traceback' not in words
+    assert started.returncode == 1 and words.endswith('the same command goes on from here\n'), words
+    assert 'Traceback' not in words
     whole = len(list(out.glob('*.npy')))
     assert 0 < whole < 60 and not list(out.glob('*.part'))
     again = subprocess.run(command, capture_output=True, text=True)
