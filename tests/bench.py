@@ -1,6 +1,6 @@
 """How fast and how lean: every claim of the README as one row, ours against the textbook. Not a test.
 
-    $ python tests/bench.py                     # all rows, about ten minutes on two cores
+    $ python tests/bench.py                     # all rows, six minutes on two cores
     $ python tests/bench.py views masks         # some of them; --help lists the names
     $ python tests/bench.py step scale          # whole training steps: on the GPU if there is one
 
