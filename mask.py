@@ -100,7 +100,7 @@ def listing(root):
         seen.add(os.path.realpath(folder))
         for name in names:
             suffix, path = Path(name).suffix.lower(), os.path.join(folder, name)
-            if name.startswith('.') or name == 'DICOMDIR' or os.path.exists(path) and not os.path.isfile(path):
+            if name.startswith('.') or name == 'DICOMDIR' or not os.path.isfile(path) and os.path.exists(path):
                 continue
             if suffix in SUFFIXES or (not suffix or suffix[1:].isdigit()) and _starts_like_dicom(path):
                 found.append(path)
@@ -456,6 +456,7 @@ def tissue(image, percentile=40, kernel=9):
     _check_uint8(image)
     if percentile is not None and not 0 <= percentile <= 100:
         raise ValueError(f'percentile {percentile}: expected 0..100, or None')
+    _check_kernel(kernel)
     if percentile is not None:
         theta = _percentile(_histogram(image), percentile)
         return opening(closing(image > int(theta), kernel), kernel)                     # greys are whole numbers
@@ -472,6 +473,11 @@ def _check_uint8(image):
     if image.dtype != np.uint8 or image.ndim != 2:
         raise ValueError(f'an image of shape {image.shape} and type {image.dtype}; '
                          'expected (H, W) uint8, as `read` gives')
+
+
+def _check_kernel(kernel):
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f'kernel {kernel}: expected an odd number of pixels')
 
 
 def otsu(image):
@@ -520,8 +526,9 @@ def dilation(mask, kernel):
     64 pixels at a time: the bits of a word are neighbours in a row, pixel x is bit x % 64. A window that starts at
     the pixel doubles its span by OR with itself, moved; at the end it is moved back to be centred.
     """
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f'kernel {kernel}: expected an odd number of pixels')
+    _check_kernel(kernel)
+    if mask.dtype != bool:
+        raise ValueError(f'a mask of type {mask.dtype}; expected bool')
     W, half = mask.shape[1], kernel // 2
     words, bits = divmod(half, 64)
     packed = np.packbits(mask, axis=1, bitorder='little')                               # (H, ceil(W / 8)) bytes
@@ -684,9 +691,16 @@ def prepare(src, dst, side=1024, workers=None):
             if reason:
                 rejected.append((os.path.relpath(path, src), reason))
     except BrokenProcessPool:
-        raise ValueError('a worker died, probably out of memory; lower --workers and start again') from None
+        raise ValueError('a worker died: out of memory (lower --workers), the disk full, or a decoder that crashed; '
+                         'start again, it goes on from here') from None
+    except KeyboardInterrupt:
+        print('\nstopping after the files at work', file=sys.stderr)
+        patience = signal.signal(signal.SIGINT, signal.SIG_IGN)     # a second Ctrl-C would leave workers behind
+        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, patience)
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)                  # after Ctrl-C: the files at work are finished, no others
+        pool.shutdown(cancel_futures=True)
         with open(dst / 'rejected.csv', 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
             csv.writer(file).writerows([('file', 'reason'), *sorted(rejected)])
     return written, skipped, len(rejected)

@@ -646,7 +646,7 @@ class Log:
 
     def write(self, bar, values):
         """One line of the log, with the images per second since the last one; the losses go to the progress bar, with
-        the share of the time that this rank waited for data."""
+        the share of the time that rank 0 waited for data."""
         now = time.time()
         values |= dict(images_per_s=self.images / (now - self.clock), time=now)
         wait, self.images, self.waited, self.clock = self.waited / (now - self.clock), 0, 0.0, now

@@ -133,8 +133,9 @@ def blur(image, sigma):
 
 def cut(image, box, size):
     """Window of a uint8 image, resized to size (h, w) by antialiased bicubic interpolation: several times as fast as
-    Pillow, with its result to one grey level. Only where white letters on black overshoot 0..255, which is clipped
-    between the axes, may they differ by ten: the faster axis comes first here, and for Pillow the rows."""
+    Pillow, with its result to one grey level (two if enlarged several times). Only where white letters on black
+    overshoot 0..255, which is clipped between the axes, may they differ by ten: the faster axis comes first here, and
+    for Pillow the rows."""
     y0, x0, y1, x1 = box
     window, (h, w) = image[y0:y1, x0:x1], size
     if h > y1 - y0 or w > x1 - x0:                          # enlarged, so it is small: Pillow's order costs nothing
@@ -213,11 +214,11 @@ def patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0.3), wei
 
     After two hundred refusals the last few places are filled by single patches. m_max defaults to half of the grid;
     ratio is the range of height / width, DINOv2's. `info`, a dict, receives `relaxed`: whether rho had to fall.
-    Raises ValueError for an m that is not in 0..h*w, and for eps <= 0, with which air could never be masked.
+    Raises ValueError for an m that is not in 0..h*w, and for eps = 0, with which air could never be masked.
     """
     h, w = grid.shape
-    if eps <= 0:
-        raise ValueError(f'eps {eps}: must be above 0, or patches without tissue could never be masked')
+    if eps < 1e-12:
+        raise ValueError(f'eps {eps}: must be above 0, 1e-12 at least, or patches without tissue could never be masked')
     if not 0 <= m <= h * w:
         raise ValueError(f'{m} patches to mask, the grid has {h}x{w}')
     m_max = max(h * w // 2 if m_max is None else m_max, m_min)
