@@ -495,8 +495,8 @@ def test_an_interrupted_prepare_leaves_whole_files_and_goes_on(tmp_path):
     for i in range(1, 16):
         os.link(tmp_path / '0.npy', tmp_path / f'{i}.npy')
     command = [sys.executable, ROOT / 'mask.py', 'prepare', tmp_path, f'{tmp_path}-out', '--workers', '1']
-    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,      # in the background
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))         # it is ignored
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # else deaf in a job
     out = tmp_path.with_name(tmp_path.name + '-out')
     while not list(out.glob('*.npy')):
         time.sleep(0.01)
