@@ -438,6 +438,7 @@ def _runs(index):
 
 COARSE = 192                        # pixels: the self-tuning mask is made on a shorter side of 192 to 383
 
+
 def tissue(image, percentile=40, kernel=9):
     """The breast-tissue mask M, uint8 (H, W) -> bool (H, W) (MammoDINO 2.2).
 
@@ -535,7 +536,7 @@ def dilation(mask, kernel):
     packed = np.pad(packed, ((half, half), (8 * words + 8, 16 - packed.shape[1] % 8)))  # air all around
     window, span = np.ascontiguousarray(packed).view(np.uint64), 1
     while span < kernel:
-        step = min(span, kernel - span, 63)                 # a word is at most one word further
+        step = min(span, kernel - span, 63)                 # the pixels come from this word and the next
         window = window[:-step] | window[step:]
         window[:, :-1] |= window[:, :-1] >> step | window[:, 1:] << 64 - step
         span += step

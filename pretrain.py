@@ -91,7 +91,8 @@ class Config:
     # tissue-aware views
     percentile: float | None = option(None, 'ours', 'tau of the tissue mask as in paper 2.2; without it the mask '
                                                     'tunes itself')
-    kernel: int = option(9, 'paper 2.2', 'pixels of closing and opening')
+    kernel: int = option(9, 'paper 2.2', 'pixels of closing and opening; the self-tuning mask divides them by '
+                                         'its reduction')
     min_coverage: float = option(0.3, 'ours', 'rho, for crops and mask pieces')
     locals: int = option(8, 'dinov2', 'local crops')
     local_size: int = option(196, 'dbt-dino 6.1', 'pixels of a local crop')
@@ -640,6 +641,7 @@ class Log:
 
     @contextlib.contextmanager
     def waiting(self):
+        """Around what fetches data: its time is the bar's `data_wait`."""
         start = time.time()
         yield
         self.waited += time.time() - start

@@ -214,7 +214,7 @@ def patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0.3), wei
 
     After two hundred refusals the last few places are filled by single patches. m_max defaults to half of the grid;
     ratio is the range of height / width, DINOv2's. `info`, a dict, receives `relaxed`: whether rho had to fall.
-    Raises ValueError for an m that is not in 0..h*w, and for eps = 0, with which air could never be masked.
+    Raises ValueError for an m that is not in 0..h*w, and for eps below 1e-12, with which air could never be masked.
     """
     h, w = grid.shape
     if eps < 1e-12:
@@ -228,8 +228,8 @@ def patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0.3), wei
     masked, c, floor, failures = 0, 0, rho, 0               # `masked` is a number whose bit y * w + x is patch (y, x)
     while c < m:
         bh, bw = _piece(uniform, h, w, min(m_min, m - c), min(m_max, m - c), ratio)
-        corner = _corner(uniform, rows, h, w, bh, bw, floor, weight, eps) or _corner_of_all(uniform, table, bh, bw,
-                                                                                           floor, weight, eps)
+        corner = _corner(uniform, rows, h, w, bh, bw, floor, weight, eps) \
+            or _corner_of_all(uniform, table, bh, bw, floor, weight, eps)
         if corner:
             block = _block(bh, bw, w) << corner[0] * w + corner[1]
             new = (block & ~masked).bit_count()
