@@ -127,7 +127,11 @@ def setup():
         device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if cuda else torch.device('cpu')
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group(backend, timeout=timedelta(hours=6))                    # rank 0 reads a million headers
+        patience = timedelta(hours=6)                       # rank 0 reads a million headers
+        store, rank, ranks = next(dist.rendezvous('env://', timeout=patience))
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if os.environ.get('GROUP_WORLD_SIZE') == '1' else '0'
+        store = dist.PrefixStore(attempt, store)            # torchrun's still holds the addresses of ranks that died
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
     else:
         device = torch.device('cuda' if cuda else 'cpu')
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -135,14 +139,17 @@ def setup():
 
 
 def save(path, state):
-    """Written beside its place and moved there whole: a crash or a full disk leaves the checkpoint before it."""
+    """Written beside its place, to the disk, and moved there whole: a crash, a power cut or a full disk leaves the
+    checkpoint before it."""
     part = Path(f'{path}.part')
     try:
         torch.save(state, part)
+        with open(part, 'rb+') as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
     except (OSError, RuntimeError) as problem:
         part.unlink(missing_ok=True)
         raise OSError(f'{path} cannot be written ({problem}); free some disk space and start again') from problem
-    os.replace(part, path)
 
 
 def cosine(step, steps, start, end, warmup=0):
@@ -1362,7 +1369,7 @@ def restore(cfg, out, detector, optimizer, data):
     free = {'resume', 'root', 'images', 'out', 'encoder', 'workers', 'max_bad', 'draws', 'min_distance', 'overlap',
             'gap', 'search'}
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = vit.read(path)
         changed = [f"{k} {state['config'].get(k)} -> {v}" for k, v in asdict(cfg).items() if state['config'].get(k) != v
                    and (k not in free or k == 'images' and not (v and state['config'][k]))]
         fits = state['vit'] == detector.encoder.config
@@ -1859,7 +1866,7 @@ def searched(cfg, volumes, device, out):
         if best['score'] > (winner[2]['score'] if winner else -1):
             winner = trial, detector, best
             if dist.get_rank() == 0:
-                save(out / 'last.pt', torch.load(place / 'last.pt', map_location='cpu', weights_only=True))
+                save(out / 'last.pt', vit.read(place / 'last.pt'))
         if dist.get_rank() == 0:
             write_csv(out / 'trials.csv', trials[0], [tried.values() for tried in trials])
     if not winner:
@@ -1935,7 +1942,7 @@ def restored(run):
     if not path.exists():
         raise ValueError(f'{path}: no such file; --checkpoint takes a folder that detect.py wrote')
     encoder = vit.load(path)
-    state = torch.load(path, map_location='cpu', weights_only=True)
+    state = vit.read(path)
     try:
         known = {f.name for f in fields(Config)}
         cfg = Config(**{k: v for k, v in state['config'].items() if k in known})

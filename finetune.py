@@ -131,7 +131,11 @@ def setup():
         device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if cuda else torch.device('cpu')
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group(backend, timeout=timedelta(hours=6))                    # rank 0 reads a million headers
+        patience = timedelta(hours=6)                       # rank 0 reads a million headers
+        store, rank, ranks = next(dist.rendezvous('env://', timeout=patience))
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if os.environ.get('GROUP_WORLD_SIZE') == '1' else '0'
+        store = dist.PrefixStore(attempt, store)            # torchrun's still holds the addresses of ranks that died
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
     else:
         device = torch.device('cuda' if cuda else 'cpu')
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -139,14 +143,17 @@ def setup():
 
 
 def save(path, state):
-    """Written beside its place and moved there whole: a crash or a full disk leaves the checkpoint before it."""
+    """Written beside its place, to the disk, and moved there whole: a crash, a power cut or a full disk leaves the
+    checkpoint before it."""
     part = Path(f'{path}.part')
     try:
         torch.save(state, part)
+        with open(part, 'rb+') as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
     except (OSError, RuntimeError) as problem:
         part.unlink(missing_ok=True)
         raise OSError(f'{path} cannot be written ({problem}); free some disk space and start again') from problem
-    os.replace(part, path)
 
 
 def cosine(step, steps, start, end, warmup=0):
@@ -1697,7 +1704,7 @@ def predict(argv, device):
     if not path.exists():
         raise ValueError(f'{path}: no such file; --checkpoint takes a folder that finetune.py wrote')
     encoder = vit.load(path)
-    state = torch.load(path, map_location='cpu', weights_only=True)
+    state = vit.read(path)
     if 'head' not in state:
         raise ValueError(f'{path} holds an encoder without a head; give a run of finetune.py')
     cfg, classes = replace(config_of(state['config']), workers=0, max_bad=1.0), state['classes']

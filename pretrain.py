@@ -15,13 +15,19 @@ B images of a micro-batch, S s pixels, N patches, D width, E bottleneck, K proto
 """
 import argparse
 import contextlib
+import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import resource
+import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
@@ -33,7 +39,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 import losses
@@ -57,6 +63,7 @@ class Config:
     init: str | None = option(None, 'dbt-dino 2.3', 'start from the official DINOv2 file or a checkpoint of ours; '
                                                     'then lower --lr')
     resume: bool = option(False, 'ours', 'go on from OUT/last.pt, or start where there is none')
+    override: bool = option(False, 'ours', 'with --resume: go on although the recipe or the files have changed')
     seed: int = option(0, 'ours', 'a sample is a function of (seed, epoch, index)')
     workers: int = option(8, 'ours', 'data processes per rank')
     save_every: int = option(1000, 'ours', 'steps between checkpoints')
@@ -64,6 +71,7 @@ class Config:
     log_every: int = option(10, 'ours', 'steps between lines of the log')
     max_bad: float = option(0.05, 'ours', 'stop above this share of files with an unusable frame, from 100 files on')
     amp: bool | None = option(None, 'ours', 'bf16 autocast; by default on GPUs only')
+    deterministic: bool = option(False, 'ours', 'on GPUs: only kernels that add in a fixed order; slower')
     # optimization
     steps: int = option(300_000, 'paper 3.2', 'optimizer steps')
     batch: int = option(128, 'paper 3.2', 'images per step, over all ranks')
@@ -161,7 +169,11 @@ def setup():
         device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if cuda else torch.device('cpu')
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group(backend, timeout=timedelta(hours=6))                    # rank 0 reads a million headers
+        patience = timedelta(hours=6)                       # rank 0 reads a million headers
+        store, rank, ranks = next(dist.rendezvous('env://', timeout=patience))
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if os.environ.get('GROUP_WORLD_SIZE') == '1' else '0'
+        store = dist.PrefixStore(attempt, store)            # torchrun's still holds the addresses of ranks that died
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
     else:
         device = torch.device('cuda' if cuda else 'cpu')
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -207,6 +219,9 @@ def check(cfg, ranks):
 # ---- data: item i of the run -> views, masks and a slice pair ------------------------------------------------------
 
 MANY = 1000                                 # files; to fewer neither processes nor a cache are worth their while
+TRIES = 3                                   # at a file that the system cannot read, or over which data workers die
+PAUSE = 0.5                                 # seconds before the second try, twice as many before the third
+STALL, STALLS = 60, 30                      # seconds without data until that is said; how often until the run gives up
 
 
 class Slices(Dataset):
@@ -214,12 +229,14 @@ class Slices(Dataset):
     an epoch is a permutation keyed by (seed, epoch). The sample depends on nothing else, neither rank nor worker.
 
     Item i -> dict: globals (2, S, S), locals (n, s, s), pair (1, 2, S, S) or (0, 2, S, S) uint8; masks (2, N) bool;
-    file, relaxed, masks_relaxed, enlarged counts; bad, [(file, reason)] of the unreadable files it stands in for.
+    file, relaxed, masks_relaxed, enlarged counts; bad, [(file, reason)] of the unreadable files it stands in for;
+    retried, what the system said before it read a file after all.
     """
 
     def __init__(self, cfg, files, counts):
         self.cfg, self.files, self.counts = cfg, files, np.asarray(counts)
         self.ends = np.cumsum(np.ones_like(self.counts) if cfg.volume_items else self.counts)
+        self.retried, self.deadly, self.at_work = [], set(), None                       # the last two: see Stream
 
     def __len__(self):
         return int(self.ends[-1])
@@ -227,22 +244,34 @@ class Slices(Dataset):
     def __getitem__(self, i):
         epoch, place = divmod(i, len(self))
         index, bad = shuffled(place, len(self), (self.cfg.seed, epoch)), []
+        self.retried = []
         while len(bad) < len(self) and len({file for file, _ in bad}) < 100:            # not slices: volumes are long
             file = int(np.searchsorted(self.ends, index, side='right'))
             rng = np.random.default_rng([self.cfg.seed, epoch, index])
             frame = int(rng.integers(self.counts[file])) if self.cfg.volume_items \
                 else index - int(self.ends[file] - self.counts[file])
+            self.tell(file)
             try:
-                return self.sample(rng, file, frame) | dict(file=file, bad=bad)
+                return self.sample(rng, file, frame) | dict(file=file, bad=bad, retried=self.retried)
             except (ValueError, OSError) as error:
                 bad.append((file, str(error)))
                 index = (index + 1) % len(self)
+            finally:
+                self.tell(-1)
         raise ValueError(f'{len({file for file, _ in bad})} files in a row cannot be used, the first: {bad[0][1]}')
+
+    def tell(self, file):
+        """The main process sees which file a data worker has at work, should it die."""
+        if self.at_work is not None and get_worker_info():
+            self.at_work[get_worker_info().id] = torch.tensor([os.getpid(), file])
 
     def load(self, file, frame):
         """Prepared .npy have their CLAHE behind them; every other file gets it here (paper 3.1)."""
-        image = mask.read(self.files[file], frame)
-        return image if self.files[file].lower().endswith('.npy') else mask.clahe(image)
+        path = self.files[file]
+        if file in self.deadly:
+            raise ValueError(f'{path}: {TRIES} data workers died over it')
+        image = patiently(mask.read, path, frame, said=self.retried)
+        return image if path.lower().endswith('.npy') else mask.clahe(image)
 
     def sample(self, rng, file, frame):
         """Views, masks and the pair of one slice. ValueError or OSError if the image cannot be used."""
@@ -278,6 +307,19 @@ class Slices(Dataset):
                     enlarged=int(min(image.shape) < cfg.size))
 
 
+def patiently(read, *given, said=None):
+    """read(*given). An OSError, such as a network share that is away for a moment, is waited out, TRIES times in all,
+    and noted in the list `said`; a ValueError is the file's own fault."""
+    for pause in (PAUSE * 2 ** k for k in range(TRIES - 1)):
+        try:
+            return read(*given)
+        except OSError as problem:
+            if said is not None:
+                said.append(str(problem))
+            time.sleep(pause)
+    return read(*given)
+
+
 def shuffled(place, n, key):
     """Where a permutation of range(n) keyed by (seed, epoch) sends `place`: four Feistel rounds on the bits of n,
     walked on until they land below n. No list is held, however many slices there are."""
@@ -303,6 +345,7 @@ def collate(samples):
     batch['file'] = torch.tensor([s['file'] for s in samples])
     batch['counts'] = torch.tensor([[s['relaxed'], s['masks_relaxed'], s['enlarged']] for s in samples]).sum(0)
     batch['bad'] = [b for s in samples for b in s['bad']]
+    batch['retried'] = [r for s in samples for r in s['retried']]
     return batch
 
 
@@ -314,6 +357,77 @@ def micro_batches(cfg, start, rank, ranks, accumulate):
         for part in range(accumulate):
             first = step * cfg.batch + (part * ranks + rank) * micro
             yield range(first, first + micro)
+
+
+class Stream:
+    """The micro-batches of this rank from step `start` on, made by the data workers, in their order whatever happens.
+
+    A worker that dies is reported with the file it had at work, and all are started anew; a file over which TRIES of
+    them died is bad. Where no data come, the files at work are named every STALL seconds; after STALLS times OSError
+    ends the run, so that a scheduler can try elsewhere."""
+
+    def __init__(self, cfg, files, counts, device, start, rank, ranks, accumulate):
+        self.data, self.pin = Slices(cfg, files, counts), device.type == 'cuda'
+        self.plan, self.given = (cfg, start, rank, ranks, accumulate), 0
+        self.retries, self.deaths = 0, Counter()
+        self.data.at_work = torch.full((cfg.workers, 2), -1).share_memory_()            # pid and file of each
+        self.open()
+
+    def open(self):
+        """Starts the workers at the first micro-batch that was not given yet."""
+        workers = self.data.cfg.workers
+        todo = itertools.islice(micro_batches(*self.plan), self.given, None)
+        self.batches = iter(DataLoader(self.data, num_workers=workers, collate_fn=collate, batch_sampler=todo,
+                                       pin_memory=self.pin, timeout=min(5, STALL) if workers else 0,
+                                       worker_init_fn=deaf,
+                                       generator=torch.Generator()))    # it would draw from the step's own numbers
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch would raise a worker's death in mid-step
+
+    def __next__(self):
+        since, said = time.time(), 0
+        while True:
+            try:
+                batch = next(self.batches)
+                break
+            except RuntimeError as problem:
+                if 'exited unexpectedly' in str(problem):
+                    self.bury({int(pid) for pid in re.findall(r'\d+', str(problem))})
+                elif 'timed out' not in str(problem):
+                    raise
+            except (EOFError, ConnectionError):             # it died while it handed its batch over
+                pass
+            if time.time() - since > STALL * (said + 1):
+                said += 1
+                files = ', '.join(self.data.files[file] for _, file in self.data.at_work.tolist() if file >= 0)
+                tqdm.write(f'no data for {STALL * said} s ({said} of {STALLS}); at work: {files}', file=sys.stderr)
+                if said == STALLS:
+                    raise OSError(f'no data for {STALL * said} s; is the storage there? --resume goes on')
+        self.given += 1
+        for reason in batch['retried']:
+            self.retries += 1
+            tqdm.write(f'read at a later try ({self.retries} so far): {reason}', file=sys.stderr)
+        return batch
+
+    def bury(self, pids):
+        """Counts the dead workers by their files, and starts all anew."""
+        for file in {file for pid, file in self.data.at_work.tolist() if pid in pids}:
+            self.deaths[file] += 1
+            name = self.data.files[file] if file >= 0 else 'nothing'
+            tqdm.write(f'a data worker died over {name} ({self.deaths[file]} of {TRIES})', file=sys.stderr)
+            if self.deaths[file] >= TRIES:
+                if file < 0:
+                    raise OSError('data workers die before they read a file, probably out of memory; lower --workers, '
+                                  'then --resume')
+                self.data.deadly.add(file)
+        self.batches = None
+        self.data.at_work[:] = -1
+        self.open()
+
+
+def deaf(worker):
+    """SIGTERM and Ctrl-C reach every process of a job; the data workers stay, so that the step can be finished."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def index(cfg, folder, rank):
@@ -369,9 +483,17 @@ def read_headers(files):
 
 def slices_of(path):
     try:
-        return mask.frames(path)
+        return patiently(mask.frames, path)
     except (ValueError, OSError) as problem:
         return str(problem)
+
+
+def fingerprint(folder, files, counts):
+    """Which slices these are, wherever the folder lies: a hash of the files' names below it and of their slices."""
+    told = hashlib.sha256(np.asarray(counts, np.int64).tobytes())
+    for path in files:
+        told.update(os.fsencode(path.removeprefix(str(folder)).lstrip(os.sep)) + b'\0')
+    return told.hexdigest()
 
 
 class Paths:
@@ -400,7 +522,7 @@ def modified(path):
 
 def remember(path, paths, counts, written):
     """The index of this start for the next one."""
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    part = path.with_name(f'{path.name}.part')
     try:
         with open(part, 'wb') as file:
             np.savez(file, paths=paths.text, counts=counts, written=written)
@@ -544,50 +666,76 @@ def set_rates(optimizer, now, frozen):
 # ---- checkpoints and the log ---------------------------------------------------------------------------------------
 
 def save(path, state):
-    """Written beside its place and moved there whole: a crash or a full disk leaves the checkpoint before it."""
+    """Written beside its place, to the disk, and moved there whole: a crash, a power cut or a full disk leaves the
+    checkpoint before it."""
     part = Path(f'{path}.part')
     try:
         torch.save(state, part)
+        with open(part, 'rb+') as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
     except (OSError, RuntimeError) as problem:
         part.unlink(missing_ok=True)
         raise OSError(f'{path} cannot be written ({problem}); free some disk space and start again') from problem
-    os.replace(part, path)
 
 
-def checkpoint(cfg, step, parts, watch, rank):
-    """OUT/last.pt every `save_every` steps and at the end; OUT/step_N.pt every `keep_every` steps, for good."""
-    names = ['last.pt'] if step % cfg.save_every == 0 or step == cfg.steps else []
+def checkpoint(cfg, step, parts, watch, rank, now=False):
+    """OUT/last.pt every `save_every` steps, at the end and `now`; OUT/step_N.pt every `keep_every` steps, for good."""
+    names = ['last.pt'] if now or step % cfg.save_every == 0 or step == cfg.steps else []
     names += [f'step_{step:06d}.pt'] if cfg.keep_every and step % cfg.keep_every == 0 else []
     if names:
+        inspect(parts['student'], parts['teacher'])
         watch.judge()                                       # gathers what the other ranks have seen
-        state = dict(step=step, config=asdict(cfg), vit=parts['teacher'].backbone.config, seen=watch.seen)
+        state = dict(step=step, config=asdict(cfg), vit=parts['teacher'].backbone.config, seen=watch.seen,
+                     data=watch.data)
         state |= {name: part.state_dict() for name, part in parts.items()}
         for name in names if rank == 0 else ():
             save(Path(cfg.out) / name, state)
 
 
-def restore(path, cfg, parts, watch):
-    """Puts a checkpoint back in place. -> the step to go on with. A changed recipe is refused."""
-    free = {'resume', 'data', 'out', 'workers', 'micro_batch', 'save_every', 'keep_every', 'log_every', 'max_bad',
-            'test_phantoms'}
+def earlier(cfg, rank):
+    """The checkpoint that --resume goes on from; None where there is none yet. A folder that holds a run is refused
+    without --resume, and with it the run of another recipe, both before anything is written."""
+    out, last = Path(cfg.out), Path(cfg.out) / 'last.pt'
+    again = cfg.data is None and cfg.out == DEMO['out']     # the demo may be run twice, but never over another run
+    if any((out / name).exists() for name in ('last.pt', 'log.jsonl')) and not cfg.resume and not again:
+        raise ValueError(f'{out} holds a run; add --resume to go on with it, or choose another --out')
+    if not cfg.resume or not last.exists():
+        return None
+    free = {'resume', 'override', 'data', 'out', 'workers', 'micro_batch', 'save_every', 'keep_every', 'log_every',
+            'max_bad', 'test_phantoms'}
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = vit.read(last)
+        if not {'step', 'seen', 'data', 'student', 'teacher', 'center', 'optimizer'} <= set(state):
+            raise ValueError(f'{last}: not a checkpoint of this script')
         changed = [f"{k} {state['config'].get(k)} -> {v}" for k, v in asdict(cfg).items()
                    if k not in free and state['config'].get(k) != v]
-        seen, step = state['seen'], state['step']
-        if not changed and len(seen) == len(watch.seen):
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            watch.seen.copy_(seen)
-    except Exception as problem:
-        raise ValueError(f'{path}: not a checkpoint of this script ({type(problem).__name__}); remove it to start '
-                         'afresh, or copy a step_N.pt over it if --keep_every left one') from problem
-    if changed:
-        raise ValueError(f"{path} is the run of another recipe: {', '.join(changed)}; choose another --out")
-    if len(seen) != len(watch.seen):
-        raise ValueError(f'{path} was trained on {len(seen)} files, the folder now has {len(watch.seen)}; '
-                         'the stream would not be the same')
-    return step
+    except (ValueError, KeyError, AttributeError) as problem:
+        raise ValueError(f'{last}: not a checkpoint of this script, or a damaged one; remove it to start afresh, or copy '
+                         'a step_N.pt over it if --keep_every left one') from problem
+    if changed and not cfg.override:
+        raise ValueError(f"{last} is the run of another recipe: {', '.join(changed)}; choose another --out, or "
+                         '--override to go on with the new one')
+    if changed and rank == 0:
+        print(f"going on with another recipe: {', '.join(changed)}", flush=True)
+    return state
+
+
+def restore(state, cfg, parts, watch):
+    """Puts a checkpoint back in place. -> the step to go on with. Other files than it was trained on are refused."""
+    if state['data'] == watch.data and len(state['seen']) == len(watch.seen):
+        watch.seen.copy_(state['seen'])
+    elif not cfg.override:
+        raise ValueError(f"{cfg.out}/last.pt was trained on {len(state['seen'])} files, of which some are gone, new, of "
+                         f'another name or depth ({len(watch.seen)} now); the stream would not be the same; --override '
+                         'goes on all the same')
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f'{cfg.out}/last.pt: its weights do not fit this recipe ({type(problem).__name__}); choose '
+                         'another --out') from problem
+    return int(state['step'])
 
 
 def effective_rank(x):
@@ -611,6 +759,51 @@ def diagnose(cfg, micro, terms, taught, center, device):
                 masks_relaxed=masks_relaxed / (2 * cfg.batch), enlarged=enlarged / cfg.batch)
 
 
+def inspect(student, teacher):
+    """ValueError where the teacher is not what it must be, a moving average that nothing else moves, or where weights
+    are not finite. At every line of the log, and before every checkpoint, so that a good one is never replaced."""
+    for (name, ours), theirs in zip(teacher.named_parameters(), student.parameters()):
+        if ours.requires_grad or ours.grad is not None or ours.data_ptr() == theirs.data_ptr():
+            raise ValueError(f"the teacher's {name} learns by itself; only the moving average may move it")
+        if not (ours.isfinite().all() and theirs.isfinite().all()):
+            raise ValueError(f'weights that are not finite in {name}; the last checkpoint is good: lower --lr')
+    if teacher.training:
+        raise ValueError('the teacher is in training mode')
+
+
+def not_finite(step, names, values, means, micro, files):
+    """Which losses of this rank are not finite, and over which files. values: (terms,) of each micro-batch."""
+    said = []
+    for row, batch in zip(values, micro):
+        broken = [name for name, value in zip(names, row.tolist()) if not math.isfinite(value)]
+        if broken:
+            said.append(f"{', '.join(broken)} of {', '.join(files[file] for file in batch['file'].tolist())}")
+    if not said:
+        where = 'the gradient' if math.isfinite(means['total']) else 'a loss of another rank'
+        said = [f"{where}; here: {', '.join(files[file] for batch in micro for file in batch['file'].tolist())}"]
+    return f"step {step}: not finite: {'; '.join(said)}. All terms: {means}; the last checkpoint, if any, is good"
+
+
+def advice(cfg, line):
+    """What a line of the log says about a run that goes wrong -> [(its name, what to do)]."""
+    entropy, log_k = line['teacher_entropy'], math.log(cfg.prototypes)
+    signs = []
+    if line['step'] >= cfg.warmup:                          # before that, nothing has been learnt that could collapse
+        if entropy < 0.01 * log_k:
+            signs.append(('peaked', f"the teacher's entropy is {entropy:.3f} of log K = {log_k:.3f}: every image goes to "
+                          'one prototype (collapse). Raise --teacher_temp_start or lower --lr'))
+        if entropy > 0.999 * log_k and line['kl'] < 1e-3:
+            signs.append(('flat', f"the teacher's entropy is log K = {log_k:.3f}: every image goes to all prototypes "
+                          '(collapse). Lower --teacher_temp or --lr, or warm up longer'))
+        if line['cls_spread'] < 0.01:
+            signs.append(('alike', f"the CLS tokens of different images are alike (spread {line['cls_spread']:.4f}): "
+                          'collapse. Lower --lr, warm up longer, raise --koleo_weight'))
+    if line['relaxed'] > 0.5:
+        signs.append(('relaxed', f"{line['relaxed']:.0%} of the crops did not reach rho: they are hardly guided by tissue. "
+                      'Look at the mask with `python mask.py FILE`, or lower --min_coverage'))
+    return signs
+
+
 def peak_memory(device):
     """GiB: of the GPU, or of this process."""
     if device.type == 'cuda':
@@ -630,14 +823,25 @@ class Log:
 
     def __init__(self, cfg, rank, start):
         self.path, self.cfg, self.rank = Path(cfg.out) / 'log.jsonl', cfg, rank
-        self.images, self.waited, self.clock = 0, 0.0, time.time()
+        self.images, self.waited, self.clock, self.warned = 0, 0.0, time.time(), set()
         if rank:
             return
-        old = self.path.read_text().splitlines() if start and self.path.exists() else []
-        header = json.dumps(dict(config=asdict(cfg), torch=torch.__version__, numpy=np.__version__, commit=commit()))
-        whole = [line for line in old[1:] if line.endswith('}')]                        # a crash may leave half a line
-        kept = [line for line in whole if json.loads(line)['step'] < start]
-        self.path.write_text('\n'.join([*(old[:1] or [header]), *kept]) + '\n')
+        old = logged(self.path) if start else []
+        header = dict(config=asdict(cfg), torch=torch.__version__, numpy=np.__version__, commit=commit())
+        header = next((line for line in old if 'config' in line and not cfg.override), header)
+        lines = [header, *(line for line in old if line.get('step', start) < start)]
+        part = Path(f'{self.path}.part')                    # whole or not at all
+        with self.on_disk():
+            part.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+            os.replace(part, self.path)
+
+    @contextlib.contextmanager
+    def on_disk(self):
+        try:
+            yield
+        except OSError as problem:
+            raise OSError(f'{self.path} cannot be written ({problem.strerror}); free some disk space, then --resume') \
+                from problem
 
     @contextlib.contextmanager
     def waiting(self):
@@ -653,10 +857,23 @@ class Log:
         values |= dict(images_per_s=self.images / (now - self.clock), time=now)
         wait, self.images, self.waited, self.clock = self.waited / (now - self.clock), 0, 0.0, now
         if self.rank == 0:
-            with open(self.path, 'a') as file:
+            with self.on_disk(), open(self.path, 'a') as file:
                 file.write(json.dumps(values) + '\n')
+            for name, text in advice(self.cfg, values):
+                if name not in self.warned:
+                    tqdm.write(f"warning: step {values['step']}: {text}", file=sys.stderr)
+                self.warned.add(name)
             bar.set_postfix({k: f'{values[k]:.3f}' for k in ('total', 'image', 'patch', 'slice', 'koleo')}
                             | dict(data_wait=f'{wait:.1%}'))
+
+
+def logged(path):
+    """The lines of a log as dicts, but for one that a crash has cut."""
+    lines = []
+    for line in path.read_text(errors='replace').splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def commit():
@@ -669,10 +886,11 @@ def commit():
 
 
 class Watch:
-    """Which files were opened and which were bad, over all ranks; too many bad ones stop the run."""
+    """Which files were opened and which were bad, over all ranks; too many bad ones stop the run.
+    `left_out` is the number of files whose header could not be read, `data` the fingerprint of the others."""
 
-    def __init__(self, cfg, files, device, left_out=0):
-        self.cfg, self.left_out = cfg, left_out             # files whose header could not be read
+    def __init__(self, cfg, files, device, left_out=0, data=None):
+        self.cfg, self.left_out, self.data = cfg, left_out, data
         self.seen = torch.zeros(len(files), dtype=torch.uint8, device=device)           # 1 opened, 2 bad
 
     def note(self, batch):
@@ -692,34 +910,57 @@ class Watch:
         return bad
 
 
+class Notice:
+    """SIGTERM, a scheduler's notice, or Ctrl-C: the step is finished first, a checkpoint written, and the run ends well.
+    A second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.when = math.inf
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.take)
+
+    def take(self, number, frame):
+        if number == signal.SIGINT and time.time() - self.when > 1:                     # torchrun passes the first one on
+            raise KeyboardInterrupt
+        self.when = min(self.when, time.time())
+
+    def given(self, device):
+        """On any rank, so that all leave after the same step."""
+        return bool(sum_over_ranks(self.when < math.inf, device))
+
+
+def same_command():
+    """What goes on with this run."""
+    words = sys.argv if '--resume' in sys.argv else [*sys.argv, '--resume']
+    launcher = 'python' if 'RANK' not in os.environ else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+    return f'{launcher} {shlex.join(words)}'
+
+
 # ---- the algorithm -------------------------------------------------------------------------------------------------
 
 def main(cfg):
     """One run, from the folder of images to the last checkpoint. The loop is the algorithm of the paper."""
     rank, ranks, device = setup()
     accumulate, demo, out = check(cfg, ranks), cfg.data is None, Path(cfg.out)
-    again = demo and cfg.out == DEMO['out']                 # the demo may be run twice, but never over another run
-    if any((out / name).exists() for name in ('last.pt', 'log.jsonl')) and not cfg.resume and not again:
-        raise ValueError(f'{out} holds a run; add --resume to go on with it, or choose another --out')
+    state = earlier(cfg, rank)
     out.mkdir(parents=True, exist_ok=True)
     folder = make_phantoms(cfg, rank) if demo else cfg.data
     files, counts, left_out = index(cfg, folder, rank)
-    watch = Watch(cfg, files, device, left_out)
+    watch = Watch(cfg, files, device, left_out, fingerprint(folder, files, counts))
 
     student, teacher = networks(cfg, device)
     center = nn.ModuleDict({kind: losses.Center(cfg.prototypes, cfg.center_momentum) for kind in ('cls', 'patch')})
     center.to(device)
     optimizer = torch.optim.AdamW(vit.param_groups(student, cfg.lr, cfg.wd, cfg.layer_decay), fused=True)
     parts = dict(student=student, teacher=teacher, center=center, optimizer=optimizer)
-    start = restore(out / 'last.pt', cfg, parts, watch) if cfg.resume and (out / 'last.pt').exists() else 0
+    start = restore(state, cfg, parts, watch) if state else 0
+    state = None                                            # a copy of everything
 
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if cfg.amp is None else cfg.amp)
     ddp = nn.parallel.DistributedDataParallel(student, device_ids=[device] if device.type == 'cuda' else None,
                                               gradient_as_bucket_view=True)     # one copy of the gradients less
-    batches = iter(DataLoader(Slices(cfg, files, counts), num_workers=cfg.workers, collate_fn=collate,
-                              batch_sampler=micro_batches(cfg, start, rank, ranks, accumulate),
-                              pin_memory=device.type == 'cuda'))
-    log = Log(cfg, rank, start)
+    notice, log, leave = Notice(), Log(cfg, rank, start), False
+    stream = Stream(cfg, files, counts, device, start, rank, ranks, accumulate)
 
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0, unit='step')
     for step in bar:
@@ -728,7 +969,7 @@ def main(cfg):
         set_rates(optimizer, now, frozen=step < cfg.freeze_last_layer)
 
         with log.waiting():
-            micro = [next(batches) for _ in range(accumulate)]
+            micro = [next(stream) for _ in range(accumulate)]
         pairs = sum_over_ranks(sum(len(batch['pair']) for batch in micro), device).item() / (ranks * accumulate)
         if step == 0:                                       # the centres start at the mean of the first batch
             with torch.no_grad():
@@ -736,7 +977,7 @@ def main(cfg):
                     taught = [teach(teacher, batch, device) for batch in micro]
                 update_centers(center, teacher, taught, momentum=0)
 
-        sums, taught = 0, []
+        values, taught = [], []
         for i, batch in enumerate(micro):
             watch.note(batch)
             with contextlib.nullcontext() if i == accumulate - 1 else ddp.no_sync():
@@ -745,14 +986,15 @@ def main(cfg):
                 loss = cfg.image_weight * terms['image'] + cfg.patch_weight * terms['patch'] \
                     + cfg.slice_weight * terms['slice'] + cfg.koleo_weight * terms['koleo']
                 (loss / accumulate).backward()
-            sums = sums + torch.stack([loss, *terms.values()]).detach() / accumulate
+            values.append(torch.stack([loss, *terms.values()]).detach())
             taught.append(targets)
 
-        means = dict(zip(['total', *terms], (sum_over_ranks(sums, device) / ranks).tolist()))
+        names = ['total', *terms]
+        means = dict(zip(names, (sum_over_ranks(torch.stack(values).mean(0), device) / ranks).tolist()))
         norms = [nn.utils.clip_grad_norm_(part.parameters(), cfg.clip) for part in (student.backbone, student.head)]
         means['grad_norm'] = math.hypot(*(norm.item() for norm in norms))
         if not all(map(math.isfinite, means.values())):
-            raise ValueError(f'step {step}: not finite: {means}; the last checkpoint, if any, is good: {out}/last.pt')
+            raise ValueError(not_finite(step, names, values, means, micro, files))
         optimizer.step()
         optimizer.zero_grad()
         update_centers(center, teacher, taught)
@@ -762,12 +1004,20 @@ def main(cfg):
 
         log.images += cfg.batch
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
+            inspect(student, teacher)
             health = diagnose(cfg, micro, terms, taught[-1], center, device)
             log.write(bar, dict(step=step) | means | now | health | dict(bad_files=watch.judge(),
                                                                          peak_memory=peak_memory(device)))
-        checkpoint(cfg, step + 1, parts, watch, rank)
+        leave = notice.given(device) and step + 1 < cfg.steps
+        checkpoint(cfg, step + 1, parts, watch, rank, now=leave)
+        if leave:
+            break
 
-    if demo and rank == 0 and cfg.test_phantoms:
+    bar.close()
+    stream.batches = None                                   # the workers end
+    if leave and rank == 0:
+        print(f'stopped after step {step}, as asked; this goes on: {same_command()}', flush=True)
+    elif demo and rank == 0 and cfg.test_phantoms:
         report(cfg, teacher, device)
     dist.destroy_process_group()
 
@@ -915,10 +1165,11 @@ if __name__ == '__main__':
         main(parse(Config, sys.argv[1:], DEMO))
     except (ValueError, OSError) as problem:                # a data worker sends its traceback along, the reason last
         wrong = str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')
-    except RuntimeError as problem:
-        if 'DataLoader worker' not in str(problem):
+    except (dist.DistError, RuntimeError) as problem:
+        if 'gloo' in str(problem) or isinstance(problem, dist.DistError):
+            wrong = 'another rank has ended; its own message is above or below'
+        else:
             raise
-        wrong = 'a data worker died, probably out of memory; lower --workers, then --resume'
     except KeyboardInterrupt:
         wrong = 'stopped; --resume goes on from the last checkpoint'
     if wrong:

@@ -14,8 +14,10 @@ Copy this file alone; it imports nothing of this repository.
     $ python vit.py IMAGE CHECKPOINT [OUT.png]        # feature and attention heatmaps, as Fig. 3 of the paper
 """
 import math
+import os
 import re
 import sys
+import zipfile
 
 import numpy as np
 import torch
@@ -208,31 +210,60 @@ class ViT(nn.Module):
 
 # ---- weights from files, learning rates by depth ------------------------------------------------------------------
 
+def read(path):
+    """The dict in a file of torch.save: tensors, numbers and text; nothing in it is run.
+
+    torch.save compresses nothing, so a file whose members declare more bytes than it has is refused before they are
+    read. Raises OSError where there is no file to read, ValueError where it holds something else.
+    """
+    try:
+        with zipfile.ZipFile(path) as members:
+            declared = sum(member.file_size for member in members.infolist())
+        if declared > os.path.getsize(path):
+            raise ValueError(f'declares {declared} bytes')
+        found = torch.load(path, map_location='cpu', weights_only=True)
+        if not isinstance(found, dict):
+            raise ValueError(f'holds a {type(found).__name__}')
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:   # the system's, not the archive's
+            raise
+        raise ValueError(f'{path}: not a checkpoint, or a damaged one ({type(error).__name__}); expected a file of '
+                         'torch.save that holds a dict of tensors') from error
+    return found
+
+
 def load(path, channels=1):
     """A ViT in eval mode from the official DINOv2 file (with or without registers) or from one of our checkpoints,
-    of which the teacher is taken. Nothing but tensors is unpickled.
+    of which the teacher is taken.
 
     channels=1 folds an RGB kernel: the grey network fed x in [0, 1] equals the colour network fed three equal
     channels (x - mean) / std of ImageNet. channels=3 keeps the official network as it is.
-    Raises ValueError where the file holds something else.
+    Raises OSError and ValueError as `read`, and ValueError where no such network is in the file or its weights are
+    not finite.
     """
+    file = read(path)
     try:
-        file = torch.load(path, map_location='cpu', weights_only=True)
         ours = 'vit' in file
         state = {k.removeprefix('backbone.'): v for k, v in file['teacher'].items() if k.startswith('backbone.')} \
             if ours else file
         config = dict(file['vit']) if ours else _official_config(state)
         if channels == 1 and config['channels'] == 3:
             state, config['channels'] = fold_rgb(state), 1
-        model = ViT(**config)
-        model.load_state_dict(state)
-    except OSError:
-        raise
+        if config['depth'] > len(state) or sum(v.nbytes for v in state.values()) > os.path.getsize(path):
+            raise ValueError('declares more than it holds')
+        with torch.device('meta'):                          # shapes cost no memory, whatever the file says they are
+            model = ViT(**config)
+        model.load_state_dict(state, assign=True)
+        model.float()
     except Exception as error:
         raise ValueError(f'{path}: no ViT in it ({type(error).__name__}); expected the official DINOv2 ViT file or a '
                          'checkpoint of pretrain.py') from error
     if config['channels'] != channels:
         raise ValueError(f"{path}: its encoder takes {config['channels']} channels, not {channels}")
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise ValueError(f'{path}: weights that are not finite, in {broken[0]} and {len(broken) - 1} more; the run that '
+                         'wrote them had diverged')
     return model.eval()
 
 

@@ -1,12 +1,17 @@
 """Tests run from the project's root, where the seven files lie; nothing is installed."""
+import contextlib
 import csv
+import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')               # tiny networks: a second thread would wait more than work
 
+import torch
 import torch.distributed as dist
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -36,3 +41,87 @@ def run_ranks(script, ranks, *argv):
                str(ROOT / script), *map(str, argv)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
     return done.returncode, done.stdout + done.stderr
+
+
+# ---- whole pretraining runs, in processes of their own ------------------------------------------------------------
+
+TINY = ['--steps', '6', '--batch', '8', '--micro_batch', '8', '--phantoms', '9', '--test_phantoms', '0', '--log_every',
+        '1', '--width', '32', '--heads', '2', '--depth', '2', '--warmup', '2', '--prototypes', '32']
+TIMING = ('images_per_s', 'peak_memory', 'time')
+
+
+def pretraining(out, *flags, ranks=1, torchrun=None):
+    """The command line of a tiny run: plain python, or torchrun for several ranks or where its options are given."""
+    launcher = [] if ranks == 1 and torchrun is None else [
+        '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks), *(torchrun or ())]
+    return [sys.executable, *launcher, str(ROOT / 'pretrain.py'), '--out', str(out), *TINY, *map(str, flags)]
+
+
+def started(command, **how):
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {'OMP_NUM_THREADS': '1'}, **how)
+
+
+def run(out, *flags, ranks=1, torchrun=None, ok=True, **how):
+    """A whole run -> its output and the lines of its log."""
+    process = started(pretraining(out, *flags, ranks=ranks, torchrun=torchrun), **how)
+    text = process.communicate()[0]
+    assert (process.returncode == 0) == ok, text
+    log = out / 'log.jsonl'
+    return text, [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def timeless(lines):
+    """A log without its header and its clocks: what is promised to be the same."""
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines[1:]]
+
+
+def same_run(a, b):
+    """Two folders hold the same run, bit for bit: log, weights of both networks, centres, optimizer, files seen."""
+    logs = [[json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()] for out in (a, b)]
+    assert timeless(logs[0]) == timeless(logs[1])
+    ours, theirs = (torch.load(out / 'last.pt', weights_only=True) for out in (a, b))
+    for name in ('step', 'student', 'teacher', 'center', 'optimizer', 'seen', 'data'):
+        assert_equal(ours[name], theirs[name], name)
+
+
+def assert_equal(a, b, name):
+    """Nested dicts and lists of tensors and numbers."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), name
+    elif isinstance(a, (dict, list)):
+        assert len(a) == len(b), name
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_equal(a[key], b[key], f'{name}.{key}')
+    else:
+        assert a == b, name
+
+
+def logged_steps(out):
+    log = out / 'log.jsonl'
+    return log.read_bytes().count(b'"step"') if log.exists() else 0
+
+
+def kill(process, when):
+    """SIGKILL to the process and all its descendants as soon as `when()`. -> False if it had ended before."""
+    while not when():
+        if process.poll() is not None:
+            return False
+        time.sleep(0.001)
+    for pid in family(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    return True
+
+
+def family(pid):
+    """The process and its descendants, launchers, ranks and data workers."""
+    parents = {}
+    for stat in pathlib.Path('/proc').glob('[0-9]*/stat'):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(')', 1)[1].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found

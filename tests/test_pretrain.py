@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, TIMING, TINY, run, same_run, timeless
 from PIL import Image
 
 import mask
@@ -20,31 +20,12 @@ import pretrain
 import vit
 from pretrain import DEMO, Config, Slices, shuffled
 
-TINY = ['--steps', '6', '--batch', '8', '--micro_batch', '8', '--phantoms', '9', '--test_phantoms', '0', '--log_every',
-        '1', '--width', '32', '--heads', '2', '--depth', '2', '--warmup', '2', '--prototypes', '32']
-TIMING = ('images_per_s', 'peak_memory', 'time')
-
-
-def run(out, *flags, ranks=1, ok=True, tiny=TINY):
-    """The script as a user starts it, under torchrun. -> its output and the lines of its log."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks),
-               str(ROOT / 'pretrain.py'), '--out', str(out), *tiny, *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    log = out / 'log.jsonl'
-    lines = log.read_text().splitlines() if log.exists() else []
-    return done.stdout + done.stderr, [json.loads(line) for line in lines]
-
-
-def timeless(lines):
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines[1:]]
-
 
 @pytest.fixture(scope='module')
 def demo(tmp_path_factory):
     """One whole run of six steps: folder, output, log."""
     out = tmp_path_factory.mktemp('demo') / 'run'
-    return out, *run(out, '--keep_every', 3, '--test_phantoms', 24)
+    return out, *run(out, '--keep_every', 3, '--test_phantoms', 24, torchrun=())
 
 
 @pytest.fixture(scope='module')
@@ -356,25 +337,20 @@ def test_a_resumed_run_is_the_same_run(demo, tmp_path):
     out = tmp_path / 'run'
     shutil.copytree(demo[0], out)
     shutil.copy(out / 'step_000003.pt', out / 'last.pt')
-    _, lines = run(out, '--keep_every', 3, '--resume')
-    assert timeless(lines) == timeless(demo[2])
-    a, b = (torch.load(folder / 'last.pt', weights_only=True) for folder in (demo[0], out))
-    for part in ('student', 'teacher', 'center'):
-        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
-    for i, moments in a['optimizer']['state'].items():
-        assert all(torch.equal(v, b['optimizer']['state'][i][k]) for k, v in moments.items())
+    run(out, '--keep_every', 3, '--resume')
+    same_run(demo[0], out)
 
 
 def test_another_recipe_or_a_broken_checkpoint_is_not_resumed(demo, tmp_path):
     cfg = pretrain.parse(Config, TINY, DEMO)
-    with pytest.raises(ValueError, match='another recipe: lr .* -> 0.5;'):
-        cfg.lr = 0.5
-        pretrain.restore(demo[0] / 'last.pt', cfg, {}, None)
-    torch.save({'a': 1}, tmp_path / 'other.pt')
-    (tmp_path / 'last.pt').write_bytes(b'half a file')
-    for name in ('last.pt', 'other.pt'):
+    cfg.out, cfg.resume, cfg.lr, cfg.clip = str(demo[0]), True, 0.5, 1.0
+    with pytest.raises(ValueError, match='another recipe: lr .* -> 0.5, clip 3.0 -> 1.0; .* --override'):
+        pretrain.earlier(cfg, 0)
+    cfg.out = str(tmp_path)
+    for spoil in (lambda path: torch.save({'a': 1}, path), lambda path: path.write_bytes(b'half a file')):
+        spoil(tmp_path / 'last.pt')
         with pytest.raises(ValueError, match='not a checkpoint.*copy a step_N.pt over it'):
-            pretrain.restore(tmp_path / name, cfg, {}, None)
+            pretrain.earlier(cfg, 0)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_no_litter(tmp_path):
@@ -388,14 +364,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_litter(tmp_path):
 def test_two_ranks_resume_as_they_ran(tmp_path):
     """Saved between two lines of the log: the count of bad files of the other rank is not lost."""
     flags = ('--keep_every', 3, '--log_every', 5, '--drop_path', 0.2)
-    _, whole = run(tmp_path / 'run', *flags, ranks=2)
-    weights = torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)
-    shutil.copy(tmp_path / 'run' / 'step_000003.pt', tmp_path / 'run' / 'last.pt')
-    _, lines = run(tmp_path / 'run', *flags, '--resume', ranks=2)
-    assert timeless(lines) == timeless(whole)
-    again = torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)
-    assert torch.equal(weights['seen'], again['seen'])
-    assert all(torch.equal(v, again['teacher'][k]) for k, v in weights['teacher'].items())
+    run(tmp_path / 'run', *flags, ranks=2)
+    shutil.copytree(tmp_path / 'run', tmp_path / 'again')
+    shutil.copy(tmp_path / 'run' / 'step_000003.pt', tmp_path / 'again' / 'last.pt')
+    run(tmp_path / 'again', *flags, '--resume', ranks=2)
+    same_run(tmp_path / 'run', tmp_path / 'again')
 
 
 def test_two_ranks_give_the_losses_of_one(demo, tmp_path):

@@ -1,6 +1,7 @@
 """vit.py: the official DINOv2 network to the digit, one grey channel without loss."""
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -86,6 +87,52 @@ def test_load_says_what_is_wrong(tmp_path):
             vit.load(tmp_path / name)
     with pytest.raises(OSError):
         vit.load(tmp_path / 'absent.pth')
+
+
+class Bomb:
+    """What a checkpoint could do to whoever unpickles it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    torch.save({'vit': {}, 'teacher': Bomb(tmp_path / 'run')}, tmp_path / 'bomb.pt')
+    with pytest.raises(ValueError, match='bomb.pt: not a checkpoint.*UnpicklingError'):
+        vit.load(tmp_path / 'bomb.pt')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_checkpoint_takes_no_more_memory_than_its_file_has_bytes(tmp_path):
+    """Members that inflate, one number that stands for a billion, and shapes that are only claimed."""
+    model = vit.ViT(size=28, width=16, depth=1, heads=2)
+    state = {f'backbone.{k}': v for k, v in model.state_dict().items()}
+    plain, packed = tmp_path / 'plain.pt', tmp_path / 'packed.pt'
+    torch.save({'vit': model.config, 'teacher': state, 'zeros': torch.zeros(100_000)}, plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(packed, 'w', zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(ValueError, match='packed.pt: not a checkpoint'):
+        vit.read(packed)
+    vit.load(plain)
+    wide = torch.zeros(1).expand(1, 5, 10 ** 9)
+    for lie in ({'teacher': state | {'backbone.pos_embed': wide}}, {'vit': model.config | {'width': 2 * 10 ** 9}},
+                {'vit': model.config | {'depth': 10 ** 9}}):
+        torch.save({'vit': model.config, 'teacher': state} | lie, plain)
+        with pytest.raises(ValueError, match='plain.pt: no ViT in it'):
+            vit.load(plain)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = vit.ViT(size=28, width=16, depth=1, heads=2)
+    state = {f'backbone.{k}': v for k, v in model.state_dict().items()}
+    state['backbone.norm.bias'][3] = float('nan')
+    torch.save({'vit': model.config, 'teacher': state}, tmp_path / 'nan.pt')
+    with pytest.raises(ValueError, match='nan.pt: weights that are not finite, in norm.bias'):
+        vit.load(tmp_path / 'nan.pt')
 
 
 def test_learning_rates_fall_with_depth_as_in_dinov2():

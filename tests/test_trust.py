@@ -1,0 +1,376 @@
+"""What is promised to whoever leaves a run alone: nothing is lost, nothing is silently wrong, nobody is let in."""
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, TINY, family, kill, logged_steps, pretraining, run, same_run, started, timeless
+from torch.utils.data import get_worker_info
+
+import losses
+import mask
+import pretrain
+import vit
+from pretrain import DEMO, Config
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp('whole') / 'run'
+    return out, *run(out, '--drop_path', 0.2)
+
+
+@pytest.fixture(scope='module')
+def pair(tmp_path_factory):
+    """The same on two ranks, with data workers, accumulation and bf16."""
+    out = tmp_path_factory.mktemp('pair') / 'run'
+    return out, *run(out, *PAIR, ranks=2)
+
+
+PAIR = ('--workers', 1, '--micro_batch', 2, '--amp', '--drop_path', 0.2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve mammograms and four volumes, as .npy."""
+    where = tmp_path / 'data'
+    where.mkdir()
+    for i in range(16):
+        volume = mask.phantom(np.random.default_rng(i), slices=5 if i % 4 == 0 else 1).volume
+        np.save(where / f'{i:02d}.npy', volume if len(volume) > 1 else volume[0])
+    return where
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+# ---- faults -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('after', [2, 4])
+def test_a_killed_run_goes_on_bit_for_bit(after, whole, tmp_path):
+    out = tmp_path / 'run'
+    flags = ('--drop_path', 0.2, '--save_every', 3, '--resume')
+    assert kill(started(pretraining(out, *flags)), lambda: logged_steps(out) >= after)
+    run(out, *flags)
+    same_run(whole[0], out)
+
+
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_bit_for_bit(pair, tmp_path):
+    """Two ranks with workers, accumulation and bf16; at the second checkpoint, so that there is a first."""
+    out = tmp_path / 'run'
+    flags = (*PAIR, '--save_every', 2, '--resume')
+    assert kill(started(pretraining(out, *flags, ranks=2)),
+                lambda: (out / 'last.pt').exists() and (out / 'last.pt.part').exists())
+    run(out, *flags, ranks=2)
+    same_run(pair[0], out)
+    assert not list(out.glob('*.part'))
+
+
+def test_a_rank_that_dies_is_restarted_and_the_result_is_the_same(pair, tmp_path):
+    out = tmp_path / 'run'
+    process = started(pretraining(out, *PAIR, '--save_every', 2, '--resume', ranks=2, torchrun=('--max-restarts', '1')))
+    while logged_steps(out) < 3:
+        time.sleep(0.001)
+    os.kill(random.choice(ranks_of(process)), signal.SIGKILL)
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
+    same_run(pair[0], out)
+
+
+def ranks_of(process):
+    """The processes that torchrun started, without their data workers."""
+    children = [pid for pid in family(process.pid) if pid != process.pid]
+    return [pid for pid in children if all(pid not in family(other) for other in children if other != pid)]
+
+
+@pytest.mark.parametrize('whom', ['torchrun', 'everyone'])
+def test_sigterm_saves_within_a_step_and_tells_how_to_go_on(whom, pair, tmp_path):
+    """A scheduler tells torchrun, which passes it on, or every process of the job, data workers too."""
+    out = tmp_path / 'run'
+    process = started(pretraining(out, *PAIR, ranks=2))
+    while logged_steps(out) < 2:
+        time.sleep(0.001)
+    before = logged_steps(out)
+    for pid in family(process.pid) if whom == 'everyone' else [process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    text = process.communicate()[0]
+    assert (out / 'last.pt').exists(), text
+    step = torch.load(out / 'last.pt', weights_only=True)['step']
+    assert before <= step <= before + 2 and f'stopped after step {step - 1}, as asked' in text
+    assert f'torchrun --nproc-per-node 2 {ROOT}/pretrain.py --out {out}' in text and '--resume' in text
+    if whom == 'everyone':
+        run(out, *PAIR, '--resume', ranks=2)
+        same_run(pair[0], out)
+
+
+def test_sigterm_ends_a_single_process_with_status_0(whole, tmp_path):
+    out = tmp_path / 'run'
+    process = started(pretraining(out, '--drop_path', 0.2))
+    while logged_steps(out) < 2:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    assert 'as asked; this goes on: python' in process.communicate()[0] and process.returncode == 0
+    run(out, '--drop_path', 0.2, '--resume')
+    same_run(whole[0], out)
+
+
+def at_most(size):
+    """For a new process: no file of it grows beyond this, as on a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_ends_a_run_in_words_and_leaves_the_last_checkpoint(whole, tmp_path):
+    out = tmp_path / 'run'
+    flags = ('--drop_path', 0.2, '--save_every', 2)
+    assert kill(started(pretraining(out, *flags)), lambda: logged_steps(out) >= 4)
+    good = (out / 'last.pt').read_bytes()
+    text, _ = run(out, *flags, '--resume', ok=False, preexec_fn=at_most(1_000_000))
+    assert 'pretrain.py: ' in text and 'last.pt cannot be written' in text and 'free some disk space' in text
+    assert (out / 'last.pt').read_bytes() == good and not list(out.glob('*.part'))
+    run(out, *flags, '--resume')
+    same_run(whole[0], out)
+
+
+class Deadly(pretrain.Slices):
+    """A reader that kills its process at file 3, as often as OUT/tally has room for."""
+
+    def load(self, file, frame):
+        tally = pathlib.Path(self.cfg.out) / 'tally'
+        if file == 3 and file not in self.deadly and get_worker_info() and tally.stat().st_size:
+            tally.write_bytes(tally.read_bytes()[1:])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().load(file, frame)
+
+
+def stream(folder, deaths, tmp_path):
+    """Three steps of four images, by two workers."""
+    (tmp_path / 'tally').write_bytes(b'.' * deaths)
+    cfg = Config(**DEMO | dict(workers=2, batch=4, steps=3, out=str(tmp_path), volume_items=True))
+    files = mask.listing(folder)
+    flow = pretrain.Stream(cfg, files, [mask.frames(f) for f in files], torch.device('cpu'), 0, 0, 1, 1)
+    return flow, [next(flow) for _ in range(3)]
+
+
+def equal(a, b):
+    return all(torch.equal(x[name], y[name]) for x, y in zip(a, b) for name in ('globals', 'locals', 'masks', 'pair'))
+
+
+def test_a_data_worker_that_dies_is_named_and_the_stream_stays_the_same(folder, tmp_path, monkeypatch, capsys):
+    _, whole = stream(folder, 0, tmp_path)
+    monkeypatch.setattr(pretrain, 'Slices', Deadly)
+    monkeypatch.setattr(pretrain, 'STALL', 1)              # dead workers are looked for as often
+    flow, batches = stream(folder, 2, tmp_path)
+    assert equal(batches, whole) and not any(batch['bad'] for batch in batches)
+    assert '03.npy (2 of 3)' in capsys.readouterr().err and flow.deaths == {3: 2}
+
+
+def test_a_file_over_which_workers_always_die_is_skipped_named_and_counted(folder, tmp_path, monkeypatch, group):
+    monkeypatch.setattr(pretrain, 'Slices', Deadly)
+    monkeypatch.setattr(pretrain, 'STALL', 1)              # dead workers are looked for as often
+    flow, batches = stream(folder, 99, tmp_path)
+    bad = [b for batch in batches for b in batch['bad']]
+    assert [file for file, _ in bad] == [3] and '03.npy: 3 data workers died over it' in bad[0][1]
+    watch = pretrain.Watch(flow.data.cfg, flow.data.files, torch.device('cpu'))
+    for batch in batches:
+        watch.note(batch)
+    assert watch.judge() == 1
+
+
+def test_a_share_that_is_away_for_a_moment_is_waited_out_and_a_file_that_is_gone_is_replaced(folder, monkeypatch):
+    monkeypatch.setattr(pretrain, 'PAUSE', 0)
+    files, read = mask.listing(folder), mask.read
+    data = pretrain.Slices(Config(**DEMO), files, [mask.frames(f) for f in files])
+    whole, failures = data[0], iter([True, True])
+
+    def away(path, frame):
+        if next(failures, False):
+            raise OSError(f'{path}: Stale file handle')
+        return read(path, frame)
+
+    monkeypatch.setattr(mask, 'read', away)
+    sample = data[0]
+    assert equal([{k: torch.from_numpy(v) for k, v in sample.items() if isinstance(v, np.ndarray)}],
+                 [{k: torch.from_numpy(v) for k, v in whole.items() if isinstance(v, np.ndarray)}])
+    assert [reason[-17:] for reason in sample['retried']] == ['Stale file handle'] * 2 and not sample['bad']
+    os.remove(files[sample['file']])
+    sample = data[0]
+    assert sample['bad'][0][1].endswith('No such file or directory') and sample['file'] != sample['bad'][0][0]
+
+
+def test_a_share_that_stays_away_is_said_with_the_files_and_given_up(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, 'STALL', 0.2)
+    monkeypatch.setattr(pretrain, 'STALLS', 3)
+    files = mask.listing(folder)
+    counts = [mask.frames(f) for f in files]
+    for file in files:
+        os.remove(file)
+        os.mkfifo(file)                                     # whoever opens it waits for ever
+    cfg = Config(**DEMO | dict(workers=1, batch=4, steps=3, out=str(tmp_path), volume_items=True))
+    flow = pretrain.Stream(cfg, files, counts, torch.device('cpu'), 0, 0, 1, 1)
+    with pytest.raises(OSError, match='no data for 0.6.* s; is the storage there'):
+        next(flow)
+    assert re.search(r'no data for 0.2 s \(1 of 3\); at work: .*\d\d.npy', capsys.readouterr().err)
+    for pid, _ in flow.data.at_work.tolist():
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_run_resumed_on_other_ranks_workers_and_micro_batches_has_the_losses_of_one(tmp_path):
+    """drop_path 0 and the same ranks x micro-batch; accumulation too, but for KoLeo, whose group is the micro-batch."""
+    flags = ('--koleo_weight', 0, '--keep_every', 3)
+    _, whole = run(tmp_path / 'whole', *flags)
+    for name, changes in {'ranks': ('--micro_batch', 4, '--workers', 1), 'micro': ('--micro_batch', 2)}.items():
+        out = tmp_path / name
+        shutil.copytree(tmp_path / 'whole', out)
+        shutil.copy(out / 'step_000003.pt', out / 'last.pt')
+        _, lines = run(out, *flags, *changes, '--resume', ranks=2 if name == 'ranks' else 1)
+        for ours, theirs in zip(lines[4:], whole[4:], strict=True):
+            for term in ('image', 'patch', 'slice', 'total', 'grad_norm', 'center_norm', 'patch_center_norm'):
+                assert ours[term] == pytest.approx(theirs[term], rel=2e-3, abs=1e-4), (name, ours['step'], term)
+            assert ours['relaxed'] == theirs['relaxed'] and ours['masks_relaxed'] == theirs['masks_relaxed']
+
+
+def test_two_ranks_give_the_gradient_and_the_update_of_one(tmp_path):
+    """Half the batch each, drop_path 0: Adam's first moment is the gradient; where the weights go is the update."""
+    states = []
+    for ranks in (1, 2):
+        run(tmp_path / str(ranks), '--steps', 2, '--warmup', 0, '--keep_every', 1, ranks=ranks)
+        states.append([torch.load(tmp_path / str(ranks) / f'step_00000{k}.pt', weights_only=True) for k in (1, 2)])
+    for one, two in zip(*states):
+        moments = [{i: s['exp_avg'] for i, s in state['optimizer']['state'].items()} for state in (one, two)]
+        for ours, theirs in ((*moments,), (one['student'], two['student']), (one['teacher'], two['teacher']),
+                             (one['center'], two['center'])):
+            for name in ours:
+                assert (ours[name] - theirs[name]).norm() <= 5e-3 * ours[name].norm() + 1e-6, name
+    assert not torch.equal(*(state['student']['backbone.pos_embed'] for state in states[0]))
+
+
+def test_another_recipe_and_other_files_need_override(folder, tmp_path):
+    flags = ['--data', folder, '--size', 84, '--local_size', 42, '--locals', 2, '--hidden', 64, '--bottleneck', 16,
+             '--workers', 0, '--resume']
+    out = tmp_path / 'run'
+    here(out, *flags, '--steps', 2)
+    before = (out / 'last.pt').read_bytes()
+    with pytest.raises(ValueError, match='another recipe: steps 2 -> 3, lr 0.004 -> 0.1; .* --override'):
+        here(out, *flags, '--steps', 3, '--lr', 0.1)
+    os.rename(folder / '05.npy', folder / '99.npy')
+    with pytest.raises(ValueError, match='trained on 16 files, of which some are gone, new.* --override'):
+        here(out, *flags, '--steps', 2)
+    assert (out / 'last.pt').read_bytes() == before
+    here(out, *flags, '--steps', 3, '--lr', 0.1, '--override')
+    lines = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+    assert lines[0]['config']['lr'] == 0.1 and [line['step'] for line in lines[1:]] == [0, 1, 2]
+    with pytest.raises(ValueError, match='its weights do not fit this recipe'):
+        here(out, *flags, '--steps', 3, '--lr', 0.1, '--width', 64, '--override')
+
+
+# ---- numbers that cannot be silently wrong ------------------------------------------------------------------------
+
+def here(out, *flags):
+    """A tiny run in this process, into which a fault can be planted."""
+    old = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        pretrain.main(pretrain.parse(Config, [*TINY, '--out', str(out), *map(str, flags)], DEMO))
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), old):
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+
+
+def test_the_same_seed_gives_the_same_log(whole, tmp_path):
+    lines = here(tmp_path / 'run', '--drop_path', 0.2, '--workers', 2)
+    assert timeless(lines) == timeless(whole[2])
+
+
+def test_a_loss_that_is_not_finite_names_the_term_and_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(losses, 'adjacent_loss', lambda student, *_: student.sum() * math.nan)
+    with pytest.raises(ValueError, match=r'step 0: not finite: total, slice of .*phantoms/\d{4}.npy'):
+        here(tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'last.pt').exists()
+
+
+class Infinite(torch.autograd.Function):
+    """Forward 0, backward infinity."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum() * 0
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.full((8, 32), math.inf)
+
+
+def test_a_gradient_that_is_not_finite_names_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(losses, 'koleo', lambda x, groups: Infinite.apply(x))
+    with pytest.raises(ValueError, match=r"not finite: the gradient; here: .*\d{4}.npy.*'grad_norm': nan"):
+        here(tmp_path / 'run')
+
+
+def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(tmp_path, monkeypatch):
+    schedules = pretrain.schedules
+    monkeypatch.setattr(pretrain, 'schedules', lambda cfg, step: schedules(cfg, step) | (
+        {'momentum': math.nan} if step == 5 else {}))
+    with pytest.raises(ValueError, match='weights that are not finite in backbone.cls_token; the last checkpoint is good'):
+        here(tmp_path / 'run', '--save_every', 5, '--log_every', 4)
+    assert torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)['step'] == 5
+    pretrain.inspect(vit.load(tmp_path / 'run' / 'last.pt').train(), vit.load(tmp_path / 'run' / 'last.pt')
+                     .requires_grad_(False))
+
+
+@pytest.mark.parametrize('plant, words', [
+    (lambda student, teacher: teacher.requires_grad_(True), 'learns by itself'),
+    (lambda student, teacher: setattr(teacher.backbone, 'cls_token', student.backbone.cls_token), 'learns by itself'),
+    (lambda student, teacher: teacher.train(), 'in training mode')])
+def test_a_teacher_that_trains_is_noticed(plant, words, tmp_path, monkeypatch):
+    networks = pretrain.networks
+
+    def planted(cfg, device):
+        both = networks(cfg, device)
+        plant(*both)
+        return both
+
+    monkeypatch.setattr(pretrain, 'networks', planted)
+    with pytest.raises(ValueError, match=words):
+        here(tmp_path / 'run')
+
+
+def test_collapse_is_told_once_with_advice(tmp_path, capsys):
+    """A network that does not see the image: every token and every target alike."""
+    here(tmp_path / 'run', '--warmup', 0, '--lr', 1e-9, '--layerscale', 1e-5, '--teacher_temp', 10,
+         '--teacher_temp_start', 10, '--student_temp', 1000)
+    told = capsys.readouterr().err
+    assert told.count('CLS tokens of different images are alike') == 1 and told.count('every image goes to all') == 1
+    assert told.count('warning:') == 2
+
+
+def test_a_teacher_that_knows_one_prototype_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(losses.Center, 'forward', lambda self, logits, temp: torch.softmax(
+        logits.float() + 1e4 * (torch.arange(logits.shape[-1]) == 0), dim=-1))
+    here(tmp_path / 'run', '--warmup', 0)
+    assert capsys.readouterr().err.count('every image goes to one prototype') == 1
+
+
+def test_crops_that_all_gave_up_their_tissue_are_told(tmp_path, capsys):
+    lines = here(tmp_path / 'run', '--min_coverage', 1)
+    assert lines[-1]['relaxed'] == 1 and capsys.readouterr().err.count('100% of the crops did not reach rho') == 1
+
+
+def test_healthy_runs_are_told_nothing(whole, pair):
+    assert 'warning:' not in whole[1] + pair[1]
