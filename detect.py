@@ -129,8 +129,8 @@ def setup():
             torch.cuda.set_device(device)
         patience = timedelta(hours=6)                       # rank 0 reads a million headers
         store, rank, ranks = next(dist.rendezvous('env://', timeout=patience))
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if os.environ.get('GROUP_WORLD_SIZE') == '1' else '0'
-        store = dist.PrefixStore(attempt, store)            # torchrun's still holds the addresses of ranks that died
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT') if os.environ.get('GROUP_WORLD_SIZE') == '1' else None
+        store = dist.PrefixStore(attempt or '0', store)     # torchrun's still holds the addresses of ranks that died
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
     else:
         device = torch.device('cuda' if cuda else 'cpu')
@@ -676,12 +676,14 @@ def lines_of(path, *columns):
     where cells and columns do not fit."""
     try:
         with open(path, newline='', encoding='utf-8-sig') as file:
-            lines = [[cell.strip() for cell in line] for line in csv.reader(file, strict=True)]
+            lines = list(csv.reader(file, strict=True))
     except FileNotFoundError:
         raise ValueError(f'{path}: no such file') from None
     except (UnicodeDecodeError, csv.Error, IsADirectoryError) as problem:
         raise ValueError(f'{path}: not a readable CSV in UTF-8 ({type(problem).__name__})') from None
+    lines = [[re.sub(r'[^\S \n]+', ' ', cell).strip() for cell in line] for line in lines]
     header, *lines = [line for line in lines if any(line)] or [[]]
+    header = [name.replace('\n', ' ') for name in header]
     missing = [name for name in columns if name not in header]
     if missing:
         raise ValueError(f"{path}: no column {', '.join(missing)}; found {', '.join(header) or 'nothing'}")
@@ -882,7 +884,7 @@ def mias(cfg):
         raise ValueError(f'{info}: no such file; --root is the folder that holds it')
     files = {Path(path).stem: path for path in mask.listing(cfg.root)}
     for line in info.read_text(errors='replace').splitlines():
-        found = re.match(r'(mdb\d{3}) +[FGD] +(\w+)(?: +([BM])\b)?(?: +(\d+) +(\d+) +(\d+))?', line)
+        found = re.match(r'(mdb\d{3}) +[FGD] +(\w+)(?: +([BM])\b)?(?: +(\d{1,4}) +(\d{1,4}) +(\d{1,4})\b)?', line)
         if not found:
             continue
         film, kind, severity, *circle = found.groups()
@@ -1379,6 +1381,8 @@ def restore(cfg, out, detector, optimizer, data):
             detector.load_learnt(state['detector'])
             optimizer.load_state_dict(state['optimizer'])
         epoch, best, seen = state['epoch'], state['best'], state['data']
+        if type(epoch) is not int or epoch < 0 or not isinstance(best, dict):
+            raise ValueError('something else')
     except Exception as problem:
         raise ValueError(f'{path}: not a checkpoint of this script ({type(problem).__name__}); remove it to start '
                          'afresh') from problem
@@ -1948,9 +1952,11 @@ def restored(run):
         cfg = Config(**{k: v for k, v in state['config'].items() if k in known})
         check(cfg, 1)
         detector = Detector(encoder, cfg.channels, cfg.dropout, cfg.freeze)
+        if not isinstance(state['best'], dict):
+            raise TypeError('something else')
         detector.load_learnt(state['best']['weights'])
         best = dict(state['best'], threshold=float(state['best']['threshold']))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
         raise ValueError(f'{path} holds no detector ({type(problem).__name__}); give a run of detect.py') from problem
     return replace(cfg, workers=0, images=None, resume=False), detector.eval(), best
 

@@ -133,8 +133,8 @@ def setup():
             torch.cuda.set_device(device)
         patience = timedelta(hours=6)                       # rank 0 reads a million headers
         store, rank, ranks = next(dist.rendezvous('env://', timeout=patience))
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if os.environ.get('GROUP_WORLD_SIZE') == '1' else '0'
-        store = dist.PrefixStore(attempt, store)            # torchrun's still holds the addresses of ranks that died
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT') if os.environ.get('GROUP_WORLD_SIZE') == '1' else None
+        store = dist.PrefixStore(attempt or '0', store)     # torchrun's still holds the addresses of ranks that died
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
     else:
         device = torch.device('cuda' if cuda else 'cpu')
@@ -430,6 +430,9 @@ LEVELS = {'rsna': 'breast', 'vindr': 'breast', 'cmmd': 'breast', ('vindr', 'lesi
           ('vindr', 'lesion_type'): 'image', ('csv', 'risk'): 'exam'}                   # as their labels are given
 
 
+MAX_SHEET = 8_000_000               # bytes that an .xlsx may unpack to
+
+
 def table(path, *columns, sheet=None):
     """A CSV, or a sheet of an .xlsx, the first by default -> list of dicts, names and values stripped. ValueError
     where a column is missing, with what was found."""
@@ -440,16 +443,19 @@ def table(path, *columns, sheet=None):
             lines = _xlsx(path, sheet)
         else:
             with open(path, newline='', encoding='utf-8-sig') as file:
-                lines = [line for line in csv.reader(file) if any(map(str.strip, line))]
-    except (ValueError, LookupError, AttributeError, csv.Error, zipfile.BadZipFile, ElementTree.ParseError) as problem:
-        raise ValueError(f'{path}: not a readable CSV in UTF-8 or .xlsx ({problem}); save it again') from None
-    header = [name.strip() for name in lines[0]] if lines else []
+                lines = list(csv.reader(file))
+        lines = [[re.sub(r'[^\S ]+', ' ', cell).strip() for cell in line] for line in lines]  # no line breaks in cells
+        lines = [line for line in lines if any(line)]
+    except Exception as problem:                            # a zip and its XML can be broken in many ways
+        raise ValueError(f"{path}: not a readable CSV in UTF-8 or .xlsx ({' '.join(str(problem).split())}); save it "
+                         'again') from None
+    header = lines[0] if lines else []
     missing = [name for name in columns if name not in header]
     if missing:
         raise ValueError(f"{path}: no column {', '.join(missing)}; found {', '.join(header) or 'nothing'}")
     if len(lines) < 2:
         raise ValueError(f'{path}: a header and no rows')
-    return [dict(zip(header, (_blank(value.strip()) for value in line + [''] * len(header)))) for line in lines[1:]]
+    return [dict(zip(header, (_blank(value) for value in line + [''] * len(header)))) for line in lines[1:]]
 
 
 def _blank(text):
@@ -461,8 +467,8 @@ def _xlsx(path, sheet):
     """The cells of a sheet, the first by default, as lists of strings. An .xlsx is a zip of XML files: sheets hold
     numbers, or indices into one list of strings."""
     with zipfile.ZipFile(path) as book:
-        if sum(part.file_size for part in book.infolist()) > 200_000_000:
-            raise ValueError('it unpacks to more than 200 MB')
+        if sum(part.file_size for part in book.infolist()) > MAX_SHEET:
+            raise ValueError(f'it unpacks to more than the {MAX_SHEET:,} bytes of finetune.MAX_SHEET')
 
         def xml(name):
             return ElementTree.fromstring(book.read(name))
@@ -920,9 +926,9 @@ def cached(cfg, encoder, rows, size, amp):
 def stored_moments(place, width):
     """Moments (4, D) from the cache; None where they are not there, or damaged."""
     try:
-        value = np.load(place)
-        return value if value.shape == (4, width) and np.isfinite(value).all() else None
-    except (OSError, ValueError, EOFError):
+        value = np.load(place, mmap_mode='r', allow_pickle=False)
+        return np.array(value) if value.shape == (4, width) and np.isfinite(value).all() else None
+    except Exception:                                       # the header is text that a parser of Python reads
         return None
 
 
@@ -1703,11 +1709,10 @@ def predict(argv, device):
     path = Path(args.checkpoint) / 'last.pt' if os.path.isdir(args.checkpoint) else Path(args.checkpoint)
     if not path.exists():
         raise ValueError(f'{path}: no such file; --checkpoint takes a folder that finetune.py wrote')
-    encoder = vit.load(path)
-    state = vit.read(path)
+    encoder, state = vit.load(path), vit.read(path)
     if 'head' not in state:
         raise ValueError(f'{path} holds an encoder without a head; give a run of finetune.py')
-    cfg, classes = replace(config_of(state['config']), workers=0, max_bad=1.0), state['classes']
+    cfg, classes, head, threshold = restored(path, encoder, state)
     slots = SLOTS[cfg.level]
     given = [('image', file) if cfg.level == 'image' else file.split('=', 1) for file in args.files]
     if any(len(pair) != 2 or pair[0] not in slots for pair in given):
@@ -1720,14 +1725,6 @@ def predict(argv, device):
     groups = {file: [member] for file, member in zip(args.files, members)} if cfg.level == 'image' else \
         {cfg.level: members}
     units = [Unit(name, '', '', 0, group, {}) for name, group in groups.items()]
-    if cfg.head == 'knn':
-        head = Neighbours(state['head']['bank'], state['head']['labels'], len(classes), cfg.neighbours)
-    else:
-        head = head_for(cfg, encoder, classes)
-    try:
-        head.load_state_dict(state['head'])
-    except RuntimeError as problem:
-        raise ValueError(f'{path}: its head and its encoder do not fit together') from problem
     x = unit_features(cfg, units, features(cfg, encoder.to(device), rows, units, device, cache=False))
     for unit, p in zip(units, predicted(cfg, head, x)):
         found = ', '.join(f'{name} = {value:.3f}' for name, value in zip(classes, p))
@@ -1736,8 +1733,26 @@ def predict(argv, device):
         print(f"missing {', '.join(views)}: the mean of the other views stands in")
     if cfg.balance and cfg.head != 'knn':
         print('Trained with classes of equal weight: these are scores, not the share of such cases in a population.')
-    if state['threshold'] is not None:
-        print(f"Threshold chosen on validation: {state['threshold']:.3f}")
+    if threshold is not None:
+        print(f'Threshold chosen on validation: {threshold:.3f}')
+
+
+def restored(path, encoder, state):
+    """-> configuration, classes, trained head and threshold of a run's checkpoint."""
+    try:
+        cfg, classes = resolved(replace(config_of(state['config']), workers=0, max_bad=1.0)), state['classes']
+        if not classes or not all(isinstance(name, str) for name in classes):
+            raise TypeError('classes without names')
+        if cfg.head == 'knn':
+            head = Neighbours(state['head']['bank'], state['head']['labels'], len(classes), cfg.neighbours)
+        else:
+            head = head_for(cfg, encoder, classes)
+        head.load_state_dict(state['head'])
+        threshold = None if state['threshold'] is None else float(state['threshold'])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+        raise ValueError(f'{path}: not a checkpoint of finetune.py, or its head and encoder do not fit together '
+                         f'({type(problem).__name__})') from problem
+    return cfg, classes, head, threshold
 
 
 # ---- the demo -------------------------------------------------------------------------------------------------------

@@ -17,12 +17,18 @@ Copy this file alone; it imports nothing of this repository.
 import argparse
 import contextlib
 import csv
+import errno
+import io
+import itertools
+import logging
 import math
 import os
 import signal
+import struct
 import sys
 import time
 import warnings
+import zlib
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -31,14 +37,18 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from PIL import Image
-from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
+from pydicom.encaps import get_frame
+from pydicom.pixels import pixel_array
 from scipy import ndimage
 from tqdm import tqdm
 
 PICTURES = {'.png', '.tif', '.tiff', '.pgm', '.jpg', '.jpeg'}
 DICOMS = {'.dcm', '.dicom', '.ima'}
 SUFFIXES = PICTURES | DICOMS | {'.npy'}
-MAX_PIXELS = 80_000_000             # per frame; the largest film scans have 35 million
+MAX_PIXELS = int(os.environ.get('MAX_PIXELS', 80_000_000))      # per frame; the largest film scans have 35 million
+MAX_PAGES = 4096                    # of a TIFF, whose pages are only found one after the other
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS                             # Pillow refuses twice as many
+logging.getLogger('PIL').addHandler(logging.NullHandler())      # what it says about broken files, it raises as well
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -120,12 +130,11 @@ def _one_line_errors(path):
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         raise ValueError(f'{path}: the file is empty')
     try:
-        with warnings.catch_warnings():                     # decoders warn with header values in the text
-            warnings.simplefilter('ignore')
+        with warnings.catch_warnings(action='ignore'):      # decoders warn with header values in the text
             yield
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise OSError(f'{path}: {error.strerror}') from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:      # the system's, not the decoder's: trying again may help
+            raise OSError(f'{path}: {error.strerror}') from None
         raise ValueError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
@@ -138,7 +147,11 @@ def _check_size(height, width):
     if height < 1 or width < 1:
         raise ValueError(f'declares {width}x{height} pixels')
     if height * width > MAX_PIXELS:
-        raise ValueError(f'declares {width}x{height} pixels, more than the {MAX_PIXELS:,} of mask.MAX_PIXELS')
+        raise ValueError(f'declares {width}x{height} pixels, more than {_limit()}')
+
+
+def _limit():
+    return f'{MAX_PIXELS:,}; the environment variable MAX_PIXELS sets another limit'
 
 
 def to_uint8(pixels, padding=None, invert=False):
@@ -158,7 +171,10 @@ def to_uint8(pixels, padding=None, invert=False):
     if pixels.dtype.kind in 'ui' and pixels.dtype.itemsize <= 2:                        # each grey value once
         code = np.dtype(f'u{pixels.dtype.itemsize}')
         values = np.arange(256 ** code.itemsize, dtype=code).view(pixels.dtype.newbyteorder('='))
-    out = np.rint(((values.astype(np.float64) - low) * (255 / span)).clip(0, 255)).astype(np.uint8)
+    scaled = values.astype(np.float64)                      # large: worked on in place
+    scaled -= low
+    scaled *= 255 / span
+    out = np.rint(scaled.clip(0, 255, out=scaled), out=scaled).astype(np.uint8)
     if values is not pixels:
         out = out[pixels.astype(values.dtype, copy=False).view(code)]
     if invert:
@@ -192,6 +208,7 @@ def _npy_header(file):
         version = np.lib.format.read_magic(file)[0]
         read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version]
         shape, _, dtype = read_header(file)
+        shape = tuple(map(int, shape))                      # True is a number, too
     except Exception as error:                              # the header is text that a parser of Python reads
         raise ValueError('not a .npy file of numbers; expected an array saved by numpy.save') from error
     if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind not in 'uifb' or shape[-1] <= 4:
@@ -208,13 +225,21 @@ def _open_picture(path):
     except Image.UnidentifiedImageError as error:
         raise ValueError('not an image; expected PNG, TIFF, PGM or JPEG') from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f'declares more pixels than the {MAX_PIXELS:,} of mask.MAX_PIXELS') from error
+        raise ValueError(f'declares more pixels than {_limit()}') from error
     _check_size(image.height, image.width)
     return image
 
 
 def _pages(image):
-    return image.n_frames if image.format == 'TIFF' else 1
+    if image.format != 'TIFF':
+        return 1
+    for count in range(1, MAX_PAGES + 1):
+        try:
+            image.seek(count)
+        except EOFError:
+            image.seek(0)
+            return count
+    raise ValueError(f'has more than {MAX_PAGES} pages, the limit of mask.MAX_PAGES')
 
 
 def _read_picture(path, frame):
@@ -241,7 +266,12 @@ OPTIONAL_DECODERS = {'1.2.840.10008.1.2.4.57': GDCM, '1.2.840.10008.1.2.4.70': G
                      **{f'1.2.840.10008.1.2.4.20{i}': 'pylibjpeg pylibjpeg-openjpeg' for i in (1, 2, 3)}}
 FRAME_HEADERS = {0xC0: '1.2.840.10008.1.2.4.50', 0xC1: '1.2.840.10008.1.2.4.51',         # JPEG baseline, extended
                  0xC3: '1.2.840.10008.1.2.4.70', 0xF7: '1.2.840.10008.1.2.4.80'}         # lossless, JPEG-LS
+UNCOMPRESSED = {(True, True): '1.2.840.10008.1.2', (False, True): '1.2.840.10008.1.2.1',       # implicit, little-endian
+                (False, False): '1.2.840.10008.1.2.2'}
+GROUPS = (b'\x02\x00', b'\x08\x00', b'\x00\x08')          # what a file without preamble begins with
 ITEM = b'\xfe\xff\x00\xe0'                                 # what encapsulated pixels begin with
+DEFLATED, EXPLICIT = b'1.2.840.10008.1.2.1.99', b'1.2.840.10008.1.2.1\0\0\0'
+RLE = '1.2.840.10008.1.2.5'
 
 
 def _starts_like_dicom(path):
@@ -265,16 +295,45 @@ def _quiet_header():
         raise ValueError(f'the DICOM header is damaged ({type(error).__name__})') from None
 
 
+def _opened(path):
+    """The file; or, of a deflated one, what it unpacks to: a plain file in memory, of two bytes a pixel at most."""
+    file = open(path, 'rb')
+    head = file.read(4096)
+    if DEFLATED not in head:
+        file.seek(0)
+        return file
+    with file:
+        mark = 132 if head[128:132] == b'DICM' else 0       # the file meta begins with its own length, in four bytes
+        start = mark + 12 + int.from_bytes(head[mark + 8:mark + 12], 'little')
+        file.seek(start)
+        unpack = zlib.decompressobj(-zlib.MAX_WBITS)
+        data = unpack.decompress(file.read(), 2 * MAX_PIXELS)
+    if unpack.unconsumed_tail:
+        raise ValueError(f'unpacks to more than two bytes for each of {_limit()}')
+    return io.BytesIO(head[:start].replace(DEFLATED, EXPLICIT) + data)
+
+
 def _header(path):
-    """Everything before the pixels, and the first bytes of those."""
-    with open(path, 'rb') as file, _quiet_header():
-        ds = pydicom.dcmread(file, stop_before_pixels=True)
-        first = file.read(24)
-        rows, columns, syntax = ds.get('Rows'), ds.get('Columns'), ds.file_meta.get('TransferSyntaxUID')
+    """Everything before the pixels, where their element begins, and its first bytes."""
+    with _opened(path) as file, _quiet_header():
+        bare = file.read(2) in GROUPS
+        file.seek(0)
+        ds = pydicom.dcmread(file, stop_before_pixels=True, force=bare)
+        at, first = file.tell(), file.read(24)
+        ds.file_meta.TransferSyntaxUID = _syntax_of_elements(ds)
+        rows, columns, syntax = ds.get('Rows'), ds.get('Columns'), ds.file_meta.TransferSyntaxUID
     if not rows or not columns or not syntax:
         raise ValueError('a DICOM file without an image (no rows, columns or transfer syntax)')
     _check_size(rows, columns)
-    return ds, first
+    return ds, at, first
+
+
+def _syntax_of_elements(ds):
+    """The transfer syntax as declared; of what is not compressed, or declares none, as the first element is written."""
+    declared, first = ds.file_meta.get('TransferSyntaxUID'), next(ds.elements(), None)
+    if declared and declared not in UNCOMPRESSED.values() or not isinstance(first, pydicom.dataelem.RawDataElement):
+        return declared
+    return pydicom.uid.UID(UNCOMPRESSED[first.is_implicit_VR, first.is_little_endian])
 
 
 def _dicom_frames(path, ds):
@@ -286,30 +345,31 @@ def _dicom_frames(path, ds):
 
 
 def _read_dicom(path, frame, voi):
-    ds, first = _header(path)
+    ds, at, first = _header(path)
     _check_frame(frame, _dicom_frames(path, ds))
-    pixels = _grey(_decode(path, ds, first, frame))
+    pixels = _grey(_decode(path, ds, at, first, frame))
     with _quiet_header():
         _flatten_groups(ds, frame)
         padding, inverted = _padding(ds, pixels), ds.PhotometricInterpretation == 'MONOCHROME1'
         pixels = _rescale(ds, pixels)
         if voi:
-            pixels = apply_voi_lut(pixels, ds, index=0)
+            pixels = _window(ds, pixels)
     return to_uint8(pixels, padding, inverted)
 
 
-def _decode(path, ds, first, frame):
+def _decode(path, ds, at, first, frame):
     """The stored values of one frame. Encapsulated pixels behind an uncompressed transfer syntax, as some Hologic
     archives hold them, are decoded by what the stream itself says it is."""
     syntax = ds.file_meta.TransferSyntaxUID
     if ds.get('SamplesPerPixel', 1) == 1 and ds.get('PhotometricInterpretation') not in ('MONOCHROME1', 'MONOCHROME2'):
         raise ValueError('neither MONOCHROME1 nor MONOCHROME2, so its values are not greys')
     try:
-        if syntax.is_deflated:                              # compressed as a whole, there is no frame to seek
-            return pixel_array(pydicom.dcmread(path), index=frame)
         if syntax.is_encapsulated or ITEM not in (first[8:12], first[12:16]):           # after tag, VR and length
-            return pixel_array(path, index=frame)
-        ds = pydicom.dcmread(path)
+            with _opened(path) as file:
+                if syntax == RLE:
+                    _check_runs(file, at, ds, frame)
+                return pixel_array(file, index=frame, transfer_syntax_uid=syntax)
+        ds = pydicom.dcmread(path, force=True)
         ds.file_meta.TransferSyntaxUID = syntax = _syntax_of_stream(ds.PixelData)
         ds['PixelData'].is_undefined_length = True
         return pixel_array(ds, index=frame)
@@ -322,6 +382,22 @@ def _decode(path, ds, first, frame):
         elif '12-bit precision' in reason:
             reason = 'no Python decoder reads its 12 bits; convert the file first, with dcmdjpeg of DCMTK for example'
         raise ValueError(f'{syntax.name} pixels cannot be decoded: {reason}') from error
+
+
+def _check_runs(file, at, ds, frame):
+    """RLE grows up to 64-fold: its runs are counted before they are unpacked. One segment is one byte of each pixel."""
+    file.seek(at + 12)                                      # after tag, VR and length
+    data = get_frame(file, frame, number_of_frames=int(ds.get('NumberOfFrames') or 1))
+    file.seek(0)
+    count, *starts = struct.unpack('<16L', data[:64])
+    for start, end in itertools.pairwise([*starts[:count], len(data)]):
+        i, total, segment = 0, 0, data[start:end]
+        while i < len(segment) and total <= 2 * ds.Rows * ds.Columns:
+            n = segment[i]                                  # n + 1 bytes follow, or one that stands for 257 - n
+            total += n + 1 if n < 128 else 257 - n if n > 128 else 0
+            i += n + 2 if n < 128 else 2 if n > 128 else 1
+        if total > 2 * ds.Rows * ds.Columns:
+            raise ValueError('they unpack to more than the header declares')
 
 
 def _syntax_of_stream(data):
@@ -341,17 +417,51 @@ def _padding(ds, pixels):
     low, high = ds.get('PixelPaddingValue'), ds.get('PixelPaddingRangeLimit')
     if low is None:
         return None
-    ends = np.array([low, low if high is None else high]).astype(pixels.dtype)          # some write -2000 as 63536
-    padding = (pixels >= ends.min()) & (pixels <= ends.max())
+    kind = 'i2' if ds.PixelRepresentation else 'u2'                                     # some write -2000 as 63536
+    low, high = sorted(np.array([low, low if high is None else high]).astype(kind).tolist())
+    padding = (pixels >= low) & (pixels <= high)
     return padding if padding.any() else None
 
 
 def _rescale(ds, pixels):
     """The modality LUT, or slope and intercept. The stretch undoes both, but for the sign and for a window."""
     if ds.get('ModalityLUTSequence'):
-        return apply_modality_lut(pixels, ds)
+        return _look_up(ds.ModalityLUTSequence[0], pixels)
     slope, intercept = float(ds.get('RescaleSlope') or 1), float(ds.get('RescaleIntercept') or 0)
     return pixels if (slope, intercept) == (1, 0) else pixels * slope + intercept
+
+
+def _look_up(item, values):
+    """A modality or VOI LUT, PS3.3 C.11.1.1: values before its first entry take that, values behind its last take that.
+
+    pydicom's own counts in the type of the pixels or of the entries, and wraps round where the table is the longer.
+    """
+    (count, first, _), table = item.LUTDescriptor, item.LUTData
+    if isinstance(table, bytes):
+        table = np.frombuffer(table, '<u2' if item.original_encoding[1] else '>u2')
+    table = np.asarray(table)[:count or 65536]
+    return table[(values.astype(np.int64) - first).clip(0, len(table) - 1)]
+
+
+def _window(ds, x):
+    """The first VOI LUT, else the first window to 0..1 (PS3.3 C.11.2.1), else the values as they are.
+
+    pydicom's own window falls where the slope of the rescale does.
+    """
+    if ds.get('VOILUTSequence'):
+        return _look_up(ds.VOILUTSequence[0], x)
+    if ds.get('WindowCenter') is None or ds.get('WindowWidth') is None:
+        return x
+    center, width = (float(np.ravel(ds[name].value)[0]) for name in ('WindowCenter', 'WindowWidth'))
+    function = ds.get('VOILUTFunction') or 'LINEAR'
+    if function == 'LINEAR':
+        center, width = center - 0.5, width - 1
+    if function not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID') or width < 0:
+        raise ValueError('no window')
+    width = max(width, 1e-9)                                # a threshold
+    if function == 'SIGMOID':
+        return 1 / (1 + np.exp(-4 * (x - center) / width))
+    return ((x - center) / width + 0.5).clip(0, 1)
 
 
 def _flatten_groups(ds, frame):
@@ -685,63 +795,104 @@ def prepare(src, dst, side=1024, workers=None):
         taken.setdefault(target, relative)
 
     dst.mkdir(parents=True, exist_ok=True)
-    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
-        for path, reason in tqdm(_in_order_of_completion(pool, todo, side), total=len(todo), unit='file'):
+        results = _results(todo, side, workers)
+        for path, reason in tqdm(results, total=len(todo), unit='file'):
             written += not reason
             if reason:
                 rejected.append((os.path.relpath(path, src), reason))
-    except BrokenProcessPool:
-        raise ValueError('a worker died: out of memory (lower --workers), the disk full, or a decoder that crashed; '
-                         'start again, it goes on from here') from None
     except KeyboardInterrupt:
         print('\nstopping after the files at work', file=sys.stderr)
         patience = signal.signal(signal.SIGINT, signal.SIG_IGN)     # a second Ctrl-C would leave workers behind
-        pool.shutdown(cancel_futures=True)
+        results.close()
         signal.signal(signal.SIGINT, patience)
         raise
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(f'{dst} cannot be written ({error.strerror}); free some space and start again, it goes on from '
+                      'here') from error
     finally:
-        pool.shutdown(cancel_futures=True)
-        with open(dst / 'rejected.csv', 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
+        with contextlib.suppress(OSError), _whole(dst / 'rejected.csv') as part, \
+                open(part, 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
             csv.writer(file).writerows([('file', 'reason'), *sorted(rejected)])
     return written, skipped, len(rejected)
 
 
-def _in_order_of_completion(pool, todo, side, ahead=64):
-    """(path, reason) of each file as it is done; only `ahead` are handed out, so a million cost no memory."""
-    waiting, todo = {}, iter(todo)
-    while True:
-        for path, target in todo:
-            waiting[pool.submit(_prepare_one, path, target, side)] = path
-            if len(waiting) >= ahead:
-                break
-        if not waiting:
-            return
-        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-            yield waiting.pop(future), future.result()
+def _pool(workers):
+    return ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+
+
+def _results(todo, side, workers, ahead=64):
+    """(path, why not) of each file as it is done; only `ahead` are handed out, so a million cost no memory.
+
+    Where a process dies, of a decoder that crashes or for want of memory, the files at work are done again, each alone
+    in a process of its own, and the one that kills it is told."""
+    todo, pool, at_work = iter(todo), _pool(workers), {}
+    try:
+        while True:
+            fresh = list(itertools.islice(todo, ahead - len(at_work)))[::-1]
+            try:
+                while fresh:
+                    at_work[pool.submit(_prepare_one, *fresh[-1], side)] = fresh[-1]
+                    fresh.pop()
+                if not at_work:
+                    return
+                for future in wait(at_work, return_when=FIRST_COMPLETED).done:
+                    reason = future.result()
+                    yield at_work.pop(future)[0], reason
+            except BrokenProcessPool:
+                for path, target in (*at_work.values(), *fresh):
+                    yield path, _alone(path, target, side)
+                pool, at_work = _pool(workers), {}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _alone(path, target, side):
+    with _pool(1) as pool:
+        try:
+            return pool.submit(_prepare_one, path, target, side).result()
+        except BrokenProcessPool:
+            Path(f'{target}.part').unlink(missing_ok=True)
+            return 'the process died over it: its decoder crashed, or memory ran out'
+
+
+@contextlib.contextmanager
+def _whole(target):
+    """A path beside `target` to write to; moved there when all is well, removed otherwise."""
+    part = Path(f'{target}.part')
+    try:
+        yield part
+        os.replace(part, target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)      # what ends the run, not the file
 
 
 def _prepare_one(path, target, side):
-    target = Path(target)
-    part = target.with_name(target.name + '.part')
+    """None, or why this file cannot be prepared. OSError where nothing can be written any more."""
     try:
-        count, out = frames(path), None
-        for k in range(count):
-            image = Image.fromarray(clahe(read(path, k)))
-            shrink = min(1.0, side / min(image.size))
-            size = tuple(max(1, round(length * shrink)) for length in image.size)       # (w, h)
-            image = np.asarray(image.resize(size, Image.Resampling.BICUBIC) if shrink < 1 else image)
-            if out is None:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shape = image.shape if count == 1 else (count, *image.shape)
-                out = np.lib.format.open_memmap(part, mode='w+', dtype=np.uint8, shape=shape)
-            if image.shape != out.shape[-2:]:
-                raise ValueError(f'frame {k} is of another size than frame 0')
-            out[... if count == 1 else k] = image
-        out.flush()
-        os.replace(part, target)
+        count = frames(path)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with _whole(target) as part, open(part, 'wb') as file:
+            for k in range(count):
+                image = Image.fromarray(clahe(read(path, k)))
+                shrink = min(1.0, side / min(image.size))
+                size = tuple(max(1, round(length * shrink)) for length in image.size)   # (w, h)
+                image = np.asarray(image.resize(size, Image.Resampling.BICUBIC) if shrink < 1 else image)
+                if k == 0:
+                    shape = image.shape if count == 1 else (count, *image.shape)
+                    np.lib.format.write_array_header_1_0(file, dict(descr='|u1', fortran_order=False, shape=shape))
+                if image.shape != shape[-2:]:
+                    raise ValueError(f'frame {k} is of another size than frame 0')
+                file.write(image.tobytes())
     except Exception as error:                              # one file never ends the run
-        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         return str(error).removeprefix(f'{path}: ') or type(error).__name__
 
 

@@ -27,6 +27,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -171,8 +173,8 @@ def setup():
             torch.cuda.set_device(device)
         patience = timedelta(hours=6)                       # rank 0 reads a million headers
         store, rank, ranks = next(dist.rendezvous('env://', timeout=patience))
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if os.environ.get('GROUP_WORLD_SIZE') == '1' else '0'
-        store = dist.PrefixStore(attempt, store)            # torchrun's still holds the addresses of ranks that died
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT') if os.environ.get('GROUP_WORLD_SIZE') == '1' else None
+        store = dist.PrefixStore(attempt or '0', store)     # torchrun's still holds the addresses of ranks that died
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
     else:
         device = torch.device('cuda' if cuda else 'cpu')
@@ -535,9 +537,14 @@ def remember(path, paths, counts, written):
 def remembered(path):
     """{path: (slices, when it was written)} of an earlier start; nothing if there was none."""
     try:
-        with np.load(path, allow_pickle=False) as old:
-            paths = os.fsdecode(old['paths'].tobytes()).split('\0')
-            return dict(zip(paths, zip(old['counts'].tolist(), old['written'].tolist())))
+        with zipfile.ZipFile(path) as members:
+            if sum(member.file_size for member in members.infolist()) > os.path.getsize(path):
+                return {}                                   # np.savez compresses nothing
+        with warnings.catch_warnings(action='ignore'), np.load(path, allow_pickle=False) as old:
+            paths = os.fsdecode(old['paths'].tobytes()).split('\0')[:-1]
+            counts, written = old['counts'].astype(np.int64), old['written'].astype(np.int64)
+            fits = len(paths) == len(counts) == len(written) and counts.min() > 0
+            return dict(zip(paths, zip(counts.tolist(), written.tolist()))) if fits else {}
     except Exception:                                       # cut short, or something else by that name
         return {}
 
@@ -706,13 +713,16 @@ def earlier(cfg, rank):
             'max_bad', 'test_phantoms'}
     try:
         state = vit.read(last)
-        if not {'step', 'seen', 'data', 'student', 'teacher', 'center', 'optimizer'} <= set(state):
-            raise ValueError(f'{last}: not a checkpoint of this script')
-        changed = [f"{k} {state['config'].get(k)} -> {v}" for k, v in asdict(cfg).items()
+        kinds = dict(seen=torch.Tensor, data=str, config=dict, student=dict, teacher=dict, center=dict, optimizer=dict)
+        if type(state['step']) is not int or state['step'] < 0 or state['seen'].ndim != 1 \
+                or not all(isinstance(state[name], kind) for name, kind in kinds.items()) \
+                or any(isinstance(value, torch.Tensor) for value in state['config'].values()):
+            raise TypeError('values of other types')
+        changed = [f"{k} {state['config'].get(k)!r} -> {v!r}" for k, v in asdict(cfg).items()
                    if k not in free and state['config'].get(k) != v]
-    except (ValueError, KeyError, AttributeError) as problem:
-        raise ValueError(f'{last}: not a checkpoint of this script, or a damaged one; remove it to start afresh, or copy '
-                         'a step_N.pt over it if --keep_every left one') from problem
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f'{last}: not a checkpoint of this script, or a damaged one; remove it to start afresh, or '
+                         'copy a step_N.pt over it if --keep_every left one') from problem
     if changed and not cfg.override:
         raise ValueError(f"{last} is the run of another recipe: {', '.join(changed)}; choose another --out, or "
                          '--override to go on with the new one')
@@ -726,16 +736,16 @@ def restore(state, cfg, parts, watch):
     if state['data'] == watch.data and len(state['seen']) == len(watch.seen):
         watch.seen.copy_(state['seen'])
     elif not cfg.override:
-        raise ValueError(f"{cfg.out}/last.pt was trained on {len(state['seen'])} files, of which some are gone, new, of "
-                         f'another name or depth ({len(watch.seen)} now); the stream would not be the same; --override '
-                         'goes on all the same')
+        raise ValueError(f"{cfg.out}/last.pt was trained on {len(state['seen'])} files, of which some are gone, new, "
+                         f'of another name or depth ({len(watch.seen)} now); the stream would not be the same; '
+                         '--override goes on all the same')
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as problem:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as problem:
         raise ValueError(f'{cfg.out}/last.pt: its weights do not fit this recipe ({type(problem).__name__}); choose '
                          'another --out') from problem
-    return int(state['step'])
+    return state['step']
 
 
 def effective_rank(x):
@@ -790,8 +800,8 @@ def advice(cfg, line):
     signs = []
     if line['step'] >= cfg.warmup:                          # before that, nothing has been learnt that could collapse
         if entropy < 0.01 * log_k:
-            signs.append(('peaked', f"the teacher's entropy is {entropy:.3f} of log K = {log_k:.3f}: every image goes to "
-                          'one prototype (collapse). Raise --teacher_temp_start or lower --lr'))
+            signs.append(('peaked', f"the teacher's entropy is {entropy:.3f} of log K = {log_k:.3f}: every image goes "
+                          'to one prototype (collapse). Raise --teacher_temp_start or lower --lr'))
         if entropy > 0.999 * log_k and line['kl'] < 1e-3:
             signs.append(('flat', f"the teacher's entropy is log K = {log_k:.3f}: every image goes to all prototypes "
                           '(collapse). Lower --teacher_temp or --lr, or warm up longer'))
@@ -799,7 +809,7 @@ def advice(cfg, line):
             signs.append(('alike', f"the CLS tokens of different images are alike (spread {line['cls_spread']:.4f}): "
                           'collapse. Lower --lr, warm up longer, raise --koleo_weight'))
     if line['relaxed'] > 0.5:
-        signs.append(('relaxed', f"{line['relaxed']:.0%} of the crops did not reach rho: they are hardly guided by tissue. "
+        signs.append(('relaxed', f"{line['relaxed']:.0%} of the crops did not reach rho: tissue hardly guides them. "
                       'Look at the mask with `python mask.py FILE`, or lower --min_coverage'))
     return signs
 
@@ -840,8 +850,8 @@ class Log:
         try:
             yield
         except OSError as problem:
-            raise OSError(f'{self.path} cannot be written ({problem.strerror}); free some disk space, then --resume') \
-                from problem
+            raise OSError(f'{self.path} cannot be written ({problem.strerror}); free some disk space, then '
+                          '--resume') from problem
 
     @contextlib.contextmanager
     def waiting(self):
@@ -911,8 +921,8 @@ class Watch:
 
 
 class Notice:
-    """SIGTERM, a scheduler's notice, or Ctrl-C: the step is finished first, a checkpoint written, and the run ends well.
-    A second Ctrl-C ends it at once."""
+    """SIGTERM, a scheduler's notice, or Ctrl-C: the step is finished, a checkpoint written, and the run ends well. A
+    second Ctrl-C ends it at once."""
 
     def __init__(self):
         self.when = math.inf
@@ -920,7 +930,7 @@ class Notice:
             signal.signal(number, self.take)
 
     def take(self, number, frame):
-        if number == signal.SIGINT and time.time() - self.when > 1:                     # torchrun passes the first one on
+        if number == signal.SIGINT and time.time() - self.when > 1:     # torchrun passes the first one on
             raise KeyboardInterrupt
         self.when = min(self.when, time.time())
 

@@ -386,7 +386,7 @@ def _example():
 
 def _load(path):
     """Any picture Pillow opens, or a .npy, as 8-bit grey; of a volume the middle slice. For DICOM see mask.py."""
-    picture = np.load(path, allow_pickle=False) if path.endswith('.npy') else np.array(Image.open(path))
+    picture = np.load(path, 'r', allow_pickle=False) if path.endswith('.npy') else np.array(Image.open(path))
     picture = picture[len(picture) // 2] if picture.ndim == 3 and path.endswith('.npy') else picture
     picture = picture.mean(-1) if picture.ndim == 3 else picture
     return np.uint8((picture - float(picture.min())) * 255 / max(float(np.ptp(picture)), 1e-6))
@@ -397,8 +397,9 @@ if __name__ == '__main__':
     if len(sys.argv) > 1:
         try:
             picture = _load(sys.argv[1])
-        except (ValueError, OSError) as error:
-            sys.exit(f'sampler.py: {sys.argv[1]}: {error}; expected PNG, TIFF, JPEG, PGM or .npy')
+        except Exception as error:
+            sys.exit(f'sampler.py: {sys.argv[1]}: {error or type(error).__name__}; expected PNG, TIFF, '
+                     'JPEG, PGM or .npy')
         tissue = ndimage.binary_opening(picture > picture.mean() / 3, iterations=4)
     out = sys.argv[2] if len(sys.argv) > 2 else 'views.png'
     contact_sheet(np.random.default_rng(1), picture, tissue).save(out)

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import sys
+import warnings
 import zipfile
 
 import numpy as np
@@ -219,17 +220,37 @@ def read(path):
     try:
         with zipfile.ZipFile(path) as members:
             declared = sum(member.file_size for member in members.infolist())
-        if declared > os.path.getsize(path):
-            raise ValueError(f'declares {declared} bytes')
-        found = torch.load(path, map_location='cpu', weights_only=True)
-        if not isinstance(found, dict):
-            raise ValueError(f'holds a {type(found).__name__}')
+        with warnings.catch_warnings(action='ignore'):      # what is odd is refused, not remarked upon
+            fits = declared <= os.path.getsize(path)
+            found = torch.load(path, map_location='cpu', weights_only=True) if fits else None
+        if not isinstance(found, dict) or _bytes(found) > os.path.getsize(path):
+            raise ValueError('not a dict of as many bytes as the file has')
     except Exception as error:
         if isinstance(error, OSError) and error.filename:   # the system's, not the archive's
             raise
         raise ValueError(f'{path}: not a checkpoint, or a damaged one ({type(error).__name__}); expected a file of '
                          'torch.save that holds a dict of tensors') from error
     return found
+
+
+def _bytes(found):
+    """Of all tensors in nested dicts and lists; one number can stand for a billion. TypeError where there is something
+    else than tensors, numbers and text."""
+    total, pending, seen = 0, [found], set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            total += value.nbytes
+        elif isinstance(value, dict):
+            pending += [*value, *value.values()]
+        elif isinstance(value, (list, tuple)):
+            pending += value
+        elif not isinstance(value, (str, int, float, type(None))):
+            raise TypeError(type(value).__name__)
+    return total
 
 
 def load(path, channels=1):
@@ -249,8 +270,9 @@ def load(path, channels=1):
         config = dict(file['vit']) if ours else _official_config(state)
         if channels == 1 and config['channels'] == 3:
             state, config['channels'] = fold_rgb(state), 1
-        if config['depth'] > len(state) or sum(v.nbytes for v in state.values()) > os.path.getsize(path):
-            raise ValueError('declares more than it holds')
+        _check_config(config, state)
+        if not all(weight.is_floating_point() for weight in state.values()):
+            raise TypeError('weights that are not real numbers')
         with torch.device('meta'):                          # shapes cost no memory, whatever the file says they are
             model = ViT(**config)
         model.load_state_dict(state, assign=True)
@@ -262,9 +284,18 @@ def load(path, channels=1):
         raise ValueError(f"{path}: its encoder takes {config['channels']} channels, not {channels}")
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if broken:
-        raise ValueError(f'{path}: weights that are not finite, in {broken[0]} and {len(broken) - 1} more; the run that '
-                         'wrote them had diverged')
+        raise ValueError(f'{path}: weights that are not finite, in {broken[0]} and {len(broken) - 1} more; the run '
+                         'that wrote them had diverged')
     return model.eval()
+
+
+def _check_config(config, state):
+    """Of the types and in the ranges that a network can be built and run with."""
+    counts = [config[name] for name in ('size', 'patch', 'width', 'depth', 'heads', 'channels')]
+    if not all(type(n) is int and n > 0 for n in counts) or config['depth'] > len(state) \
+            or type(config['registers']) is not int or config['registers'] < 0 \
+            or type(config['antialias']) is not bool or not 0 <= float(config['offset']) < 1:
+        raise ValueError('no configuration of a ViT')
 
 
 def _official_config(state):
@@ -341,8 +372,13 @@ def overlay(image, heat):
 
 def _load_grey(path):
     """A prepared image, 8 bit, any format Pillow opens or .npy; of a volume the middle slice. For DICOM see mask.py."""
-    grey = np.load(path, allow_pickle=False) if path.endswith('.npy') else np.array(Image.open(path))
-    grey = grey[len(grey) // 2] if grey.ndim == 3 else grey
+    try:
+        with warnings.catch_warnings(action='ignore'):
+            grey = np.load(path, mmap_mode='r', allow_pickle=False) if path.endswith('.npy') else \
+                np.array(Image.open(path))
+        grey = np.array(grey[len(grey) // 2] if grey.ndim == 3 else grey)
+    except Exception as error:
+        raise ValueError(f'{path}: not an image ({type(error).__name__})') from error
     if grey.ndim != 2 or grey.dtype != np.uint8:
         raise ValueError(f'{path}: {grey.dtype} of shape {grey.shape}; expected 8-bit grey, as '
                          '`python mask.py prepare` writes it')

@@ -1,4 +1,5 @@
 """What is promised to whoever leaves a run alone: nothing is lost, nothing is silently wrong, nobody is let in."""
+import io
 import json
 import math
 import os
@@ -8,15 +9,27 @@ import re
 import resource
 import shutil
 import signal
+import struct
+import subprocess
+import sys
 import time
+import tracemalloc
+import zipfile
+import zlib
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY, family, kill, logged_steps, pretraining, run, same_run, started, timeless
+from conftest import ROOT, TINY, family, kill, logged_steps, pretraining, run, run_here, same_run, started, timeless
+from PIL import Image
+from pydicom import uid
+from pydicom.encaps import encapsulate
 from torch.utils.data import get_worker_info
 
+import detect
+import finetune
 import losses
 import mask
 import pretrain
@@ -327,7 +340,7 @@ def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(tmp_path, m
     schedules = pretrain.schedules
     monkeypatch.setattr(pretrain, 'schedules', lambda cfg, step: schedules(cfg, step) | (
         {'momentum': math.nan} if step == 5 else {}))
-    with pytest.raises(ValueError, match='weights that are not finite in backbone.cls_token; the last checkpoint is good'):
+    with pytest.raises(ValueError, match='not finite in backbone.cls_token; the last checkpoint is good'):
         here(tmp_path / 'run', '--save_every', 5, '--log_every', 4)
     assert torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)['step'] == 5
     pretrain.inspect(vit.load(tmp_path / 'run' / 'last.pt').train(), vit.load(tmp_path / 'run' / 'last.pt')
@@ -374,3 +387,188 @@ def test_crops_that_all_gave_up_their_tissue_are_told(tmp_path, capsys):
 
 def test_healthy_runs_are_told_nothing(whole, pair):
     assert 'warning:' not in whole[1] + pair[1]
+
+
+# ---- hostile and broken input -------------------------------------------------------------------------------------
+
+def test_prepare_names_the_file_whose_decoder_crashes_and_prepares_the_rest(tmp_path, monkeypatch):
+    for i in range(6):
+        Image.fromarray(mask.phantom(np.random.default_rng(i)).volume[0]).save(tmp_path / f'{i}.png')
+    read = mask.read
+
+    def crash(path, frame=0):
+        if path.endswith('3.png'):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return read(path, frame)
+
+    monkeypatch.setattr(mask, 'read', crash)                # handed on to the processes as they are forked
+    out = tmp_path.parent / f'{tmp_path.name}-out'
+    assert mask.prepare(tmp_path, out, workers=2) == (5, 0, 1)
+    assert '3.png,"the process died over it' in (out / 'rejected.csv').read_text()
+    assert sorted(os.listdir(out)) == [*(f'{i}.npy' for i in (0, 1, 2, 4, 5)), 'rejected.csv']
+
+
+def test_prepare_on_a_full_disk_says_so_leaves_no_litter_and_goes_on_later(tmp_path):
+    for i, size in enumerate((64, 64, 512)):
+        Image.fromarray(mask.phantom(np.random.default_rng(i), height=size, width=size).volume[0]).save(
+            tmp_path / f'{i}.png')
+    out = tmp_path.parent / f'{tmp_path.name}-out'
+    command = [sys.executable, ROOT / 'mask.py', 'prepare', tmp_path, out, '--workers', '1']
+    full = subprocess.run(command, capture_output=True, text=True, preexec_fn=at_most(100_000))
+    assert full.returncode == 1 and 'cannot be written' in full.stderr and 'goes on from here' in full.stderr
+    assert 'Traceback' not in full.stderr
+    assert set(os.listdir(out)) <= {'0.npy', '1.npy', 'rejected.csv'} and not list(out.glob('*.part'))
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and np.load(out / '2.npy').shape == (512, 512), again.stderr
+
+
+def bombs(folder):
+    """Small files that declare, or unpack to, far more than an image. -> {name: words of the refusal}"""
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+    def page(side, following):
+        tags = [(256, 4, side), (257, 4, side), (258, 3, 8), (259, 3, 8), (262, 3, 1), (273, 4, 8), (277, 3, 1),
+                (278, 4, side), (279, 4, 8)]
+        return struct.pack('<H', 9) + b''.join(struct.pack('<HHII', tag, kind, 1, value) for tag, kind, value in tags) \
+            + struct.pack('<I', following)
+
+    (folder / 'bomb.png').write_bytes(
+        b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 60_000, 60_000, 8, 0, 0, 0, 0))
+        + chunk(b'IDAT', zlib.compress(bytes(60_000))) + chunk(b'IEND', b''))
+    (folder / 'bomb.tif').write_bytes(struct.pack('<2sHI', b'II', 42, 8) + page(60_000, 0))
+    (folder / 'pages.tif').write_bytes(struct.pack('<2sHI', b'II', 42, 8) + b''.join(
+        page(1, 8 + len(page(1, 0)) * k) for k in range(1, mask.MAX_PAGES + 2)))
+    (folder / 'bomb.pgm').write_bytes(b'P5 60000 60000 255\n' + bytes(100))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, dict(descr='|u1', fortran_order=False, shape=(60_000, 60_000)))
+    (folder / 'bomb.npy').write_bytes(header.getvalue() + bytes(100))
+    plain = dict(Rows=200, Columns=200, BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0,
+                 SamplesPerPixel=1, PhotometricInterpretation='MONOCHROME2')
+    dicom(folder / 'deflated.dcm', uid.DeflatedExplicitVRLittleEndian, plain | dict(PixelData=bytes(3_000_000)))
+    runs = struct.pack('<16L', 1, 64, *[0] * 14) + b'\x81\x07' * 20_000                 # 128 bytes out of two
+    dicom(folder / 'rle.dcm', uid.RLELossless, plain | dict(PixelData=encapsulate([runs])))
+    dicom(folder / 'rows.dcm', uid.ExplicitVRLittleEndian, plain | dict(Rows=60_000, Columns=60_000,
+                                                                      PixelData=bytes(100)))
+    pixels = '60000x60000 pixels, more than 1,000,000; the environment variable MAX_PIXELS'
+    return {'bomb.png': 'more pixels than 1,000,000', 'bomb.tif': 'more pixels than 1,000,000', 'bomb.npy': pixels,
+            'bomb.pgm': 'more pixels than 1,000,000', 'pages.tif': 'more than 4096 pages', 'rows.dcm': pixels,
+            'deflated.dcm': 'unpacks to more than two bytes for each of 1,000,000',
+            'rle.dcm': 'they unpack to more than the header declares'}
+
+
+def dicom(path, syntax, elements):
+    ds = pydicom.Dataset()
+    ds.preamble, ds.file_meta = bytes(128), pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = '1.2.840.10008.5.1.4.1.1.1.2'
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = '1.2.3'
+    for name, value in elements.items():
+        setattr(ds, name, value)
+    ds['PixelData'].VR = 'OB' if ds.BitsAllocated == 8 else 'OW'
+    ds['PixelData'].is_undefined_length = syntax.is_encapsulated
+    pydicom.dcmwrite(path, ds, enforce_file_format=True)
+
+
+def test_decompression_bombs_are_refused_before_they_unpack(tmp_path):
+    """Each in two seconds, all within 50 MiB; the limit, lowered to a million pixels here, can be set."""
+    expected = bombs(tmp_path)
+    assert all(os.path.getsize(tmp_path / name) < 1_000_000 for name in expected)
+    code = ('import mask, resource, sys, time\n'
+            'before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
+            'for path in sys.argv[1:]:\n'
+            '    start = time.process_time()\n'
+            '    try: mask.read(path)\n'
+            '    except ValueError as error: print(error)\n'
+            '    assert time.process_time() - start < 2, path\n'
+            'assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024')
+    done = subprocess.run([sys.executable, '-c', code, *(tmp_path / name for name in expected)], cwd=ROOT,
+                          capture_output=True, text=True, env=os.environ | {'MAX_PIXELS': '1000000'})
+    assert done.returncode == 0, done.stderr
+    for (name, words), line in zip(expected.items(), done.stdout.splitlines(), strict=True):
+        assert f'{name}: ' in line and words in line, line
+
+
+def test_archives_that_unpack_to_too_much_are_refused(tmp_path):
+    """An .xlsx of labels, a checkpoint (see also test_vit.py), the index of a run."""
+    with zipfile.ZipFile(tmp_path / 'bomb.xlsx', 'w', zipfile.ZIP_DEFLATED) as book:
+        book.writestr('xl/workbook.xml', b' ' * 50_000_000)
+    with pytest.raises(ValueError, match='bomb.xlsx: .*unpacks to more than the 8,000,000 bytes of finetune.MAX_SHEET'):
+        finetune.table(tmp_path / 'bomb.xlsx')
+    np.savez_compressed(tmp_path / 'index.npz', paths=np.zeros(50_000_000, np.uint8), counts=[1], written=[1])
+    tracemalloc.start()
+    assert pretrain.remembered(tmp_path / 'index.npz') == {}
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+SECRETS = dict(PatientName='Zaphod^Beeblebrox', PatientID='QX4711ZZ', PatientBirthDate='19520311',
+               InstitutionName='Vogon General', AccessionNumber='ACC998877', ReferringPhysicianName='Marvin^Android',
+               StudyDescription='Towelscreening', PatientAddress='Magrathea 42', StudyInstanceUID='1.9.8.7.6.54321',
+               WindowCenterWidthExplanation='Heartofgold')
+
+
+def test_no_header_value_is_written_anywhere(tmp_path, monkeypatch, capfd):
+    """prepare, pretrain, finetune and detect over DICOM files with a patient in them, one of them damaged; then every
+    byte of what they wrote, in archives and pictures too, and every word they said."""
+    raw, out = tmp_path / 'raw', tmp_path / 'out'
+    raw.mkdir()
+    lines = ['path,patient,label,x0,y0,x1,y1,frame,split']
+    for i in range(20):
+        example = mask.phantom(np.random.default_rng(i), lesion=True, slices=2 if i == 0 else 1)
+        dicom(raw / f'{i}.dcm', uid.ExplicitVRLittleEndian, SECRETS | dict(
+            Rows=256, Columns=192, BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0, SamplesPerPixel=1,
+            PhotometricInterpretation='MONOCHROME2', WindowCenter=128, WindowWidth=200, PatientAge='070Y',
+            NumberOfFrames=len(example.volume), PixelData=example.volume.tobytes()))
+        z, *box = example.boxes[0]
+        box = ','.join(f'{v:.1f}' for v in box)
+        lines.append(f"{i}.dcm,p{i},{i % 2},{box},{int(z)},{('train', 'train', 'val', 'test')[i // 2 % 4]}")
+    (raw / '19.dcm').write_bytes((raw / '19.dcm').read_bytes()[:-30_000])               # cut short
+    (raw / 'manifest.csv').write_text('\n'.join(lines) + '\n')
+    (raw / 'lesions.csv').write_text('\n'.join(lines).replace('label', 'kind', 1) + '\n')
+
+    mask.prepare(raw, out / 'prepared', workers=1)
+    small = ['--size', 84, '--local_size', 42, '--locals', 2, '--hidden', 64, '--bottleneck', 16, '--workers', 1]
+    here(out / 'run', '--data', raw, *small, '--steps', 3)
+    shared = ['--root', raw, '--encoder', out / 'run' / 'last.pt', '--workers', 0]
+    run_here(finetune, '--dataset', 'csv', '--task', 'cancer', '--head', 'linear', '--epochs', 2, '--draws', 20,
+             '--cache', out / 'cache', '--out', out / 'heads', *shared)
+    run_here(detect, '--dataset', 'csv', '--epochs', 1, '--size', 84, '--channels', 32, '--batch', 4, '--draws', 20,
+             '--min_distance', 10, '--max_bad', 1, '--out', out / 'boxes', *shared)
+    monkeypatch.chdir(out)
+    run_here(detect, 'predict', raw / '1.dcm', '--checkpoint', out / 'boxes', '--threshold', 0.001)
+    run_here(finetune, 'predict', raw / '1.dcm', '--checkpoint', out / 'heads')
+
+    told = capfd.readouterr()
+    written = {path: path.read_bytes() for path in out.rglob('*') if path.is_file()}
+    assert len(written) > 40
+    for path in list(written):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as members:
+                written |= {f'{path}/{name}': members.read(name) for name in members.namelist()}
+        elif path.suffix == '.png':
+            written[f'{path}/info'] = repr(Image.open(path).info).encode()
+    written |= {'terminal': (told.out + told.err).encode(), 'names': '\n'.join(map(str, written)).encode()}
+    for secret in {part for value in SECRETS.values() for part in value.split('^')}:
+        found = [str(path) for path, data in written.items() if secret.encode() in data
+                 or secret.encode('utf-16-le') in data]
+        assert not found, (secret, found)
+
+
+def test_nothing_is_written_outside_the_output_folder(tmp_path):
+    """Names of files are those below the folder that was listed; links that go round end; a manifest that leads out of
+    its folder is read there, and what is written about it stays in OUT."""
+    src, dst = tmp_path / 'src', tmp_path / 'a' / 'dst'
+    (src / 'deep').mkdir(parents=True)
+    Image.fromarray(mask.phantom(np.random.default_rng(0)).volume[0]).save(src / 'deep' / 'x..png')
+    os.symlink(src, src / 'deep' / 'round')
+    os.symlink(tmp_path, src / 'up')
+    before = set(tmp_path.rglob('*'))
+    written, _, _ = mask.prepare(src, dst, workers=1)
+    new = {path for path in tmp_path.rglob('*') if path not in before and path not in dst.parents}
+    assert written and all(path.is_relative_to(dst) for path in new), new
+
+
+def test_a_few_hundred_damaged_files_of_every_kind_are_read_or_refused_in_one_line():
+    done = subprocess.run([sys.executable, ROOT / 'tests' / 'fuzz.py', '--inputs', '600'], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count('\n|') == 11, done.stdout + done.stderr

@@ -122,7 +122,7 @@ def test_a_checkpoint_takes_no_more_memory_than_its_file_has_bytes(tmp_path):
     for lie in ({'teacher': state | {'backbone.pos_embed': wide}}, {'vit': model.config | {'width': 2 * 10 ** 9}},
                 {'vit': model.config | {'depth': 10 ** 9}}):
         torch.save({'vit': model.config, 'teacher': state} | lie, plain)
-        with pytest.raises(ValueError, match='plain.pt: no ViT in it'):
+        with pytest.raises(ValueError, match='plain.pt: no'):
             vit.load(plain)
 
 

@@ -1,0 +1,86 @@
+"""Runs that are killed at random, against runs that nothing happened to. Not a test; the suite kills three times.
+
+    $ python tests/faults.py                            # twenty kills, about six minutes on two cores
+    $ python tests/faults.py --kills 100 --seed 1
+
+Each kill draws a variant of the run (precision, ranks, accumulation, data workers, how often it saves), and a moment:
+some milliseconds after a line of the log, or while a checkpoint lies half written beside its place. Everything that
+belongs to the run gets SIGKILL, as from a node that goes down; half of the runs are killed twice. Then `--resume` ends
+it, and log, weights, optimizer, centres and the list of files seen must be those of the undisturbed run, bit for bit.
+"""
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from conftest import kill, logged_steps, pretraining, run, same_run, started
+
+VARIANTS = {'fp32': (1, ()),
+            'bf16': (1, ('--amp',)),
+            'accumulation': (1, ('--micro_batch', 2)),
+            'workers': (1, ('--workers', 2, '--amp')),
+            'two ranks': (2, ()),
+            'two ranks, workers, accumulation, bf16': (2, ('--workers', 1, '--micro_batch', 2, '--amp'))}
+LARGE = ('--steps', 12, '--drop_path', 0.2, '--hidden', 1024, '--prototypes', 4096)    # a checkpoint takes 0.1 s
+
+
+def moment(rng, out):
+    """-> its name, and a function that is true from then on."""
+    if rng.random() < 0.4:
+        since = logged_steps(out)
+        return 'in a checkpoint', lambda: (out / 'last.pt.part').exists() and logged_steps(out) > since
+    line, pause, seen = logged_steps(out) + int(rng.integers(1, 9)), rng.uniform(0, 0.1), []
+
+    def reached():
+        if logged_steps(out) >= line:
+            seen.append(time.monotonic())
+        return bool(seen) and time.monotonic() - seen[0] > pause
+
+    return f'{1e3 * pause:.0f} ms after step {line - 1}', reached
+
+
+def trial(rng, out, flags, ranks):
+    """One run that is killed once or twice and resumed. -> the moments at which it was still alive to be killed."""
+    command, moments = pretraining(out, *flags, ranks=ranks), []
+    for _ in range(int(rng.integers(1, 3))):
+        name, when = moment(rng, out)
+        if kill(started(command), when):
+            moments.append(name)
+    run(out, *flags, ranks=ranks)
+    return moments
+
+
+def main(argv):
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--kills', type=int, default=20)
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args(argv)
+    rng, whole, kills, wrong = np.random.default_rng(args.seed), {}, 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        while kills < args.kills:
+            name = list(VARIANTS)[int(rng.integers(len(VARIANTS)))]
+            ranks, flags = VARIANTS[name]
+            flags = (*LARGE, *flags, '--resume')
+            if name not in whole:
+                whole[name] = Path(folder) / f'whole {name}'
+                run(whole[name], *flags, ranks=ranks)
+            save, out = int(rng.integers(1, 5)), Path(folder) / f'killed {kills}'
+            moments = trial(rng, out, (*flags, '--save_every', save), ranks)
+            kills += len(moments)
+            try:
+                same_run(whole[name], out)
+                litter = list(out.glob('*.part'))
+                verdict = f'left {litter[0].name}' if litter else 'the same'
+            except AssertionError as difference:
+                verdict = f'DIFFERS: {str(difference).splitlines()[0]}'
+            wrong += verdict != 'the same'
+            print(f"{kills:3d}  {name}, saved every {save} steps, killed {' and '.join(moments) or 'too late'}: {verdict}",
+                  flush=True)
+    print(f'{kills} kills, {wrong} runs that are not the same')
+    sys.exit(bool(wrong))
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
