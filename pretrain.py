@@ -950,6 +950,9 @@ def same_command():
 
 def main(cfg):
     """One run, from the folder of images to the last checkpoint. The loop is the algorithm of the paper."""
+    if cfg.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')     # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
     rank, ranks, device = setup()
     accumulate, demo, out = check(cfg, ranks), cfg.data is None, Path(cfg.out)
     state = earlier(cfg, rank)

@@ -171,14 +171,24 @@ class ViT(nn.Module):
         if h == w == self.grid:
             return self.pos_embed
         cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        grid = grid.float().reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)    # (1, D, grid, grid)
+        if torch.are_deterministic_algorithms_enabled():    # on GPUs the gradient of interpolate adds in any order
+            impulses = torch.eye(self.grid ** 2, device=grid.device).view(1, -1, self.grid, self.grid)
+            with torch.autocast(grid.device.type, enabled=False):
+                grid = self.resized(impulses, h, w).flatten(2).mT @ grid.float()        # (1, h w, D)
+        else:
+            grid = grid.float().reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)    # (1, D, grid, grid)
+            grid = self.resized(grid, h, w).flatten(2).transpose(1, 2)
+        return torch.cat([cls, grid.to(cls.dtype)], dim=1)
+
+    def resized(self, grid, h, w):
+        """(1, C, grid, grid) -> (1, C, h, w)"""
         if self.offset:                                     # the factor itself becomes the step between samples
             scale = ((h + self.offset) / self.grid, (w + self.offset) / self.grid)
             grid = F.interpolate(grid, scale_factor=scale, mode='bicubic', antialias=self.antialias)
         else:
             grid = F.interpolate(grid, size=(h, w), mode='bicubic', antialias=self.antialias)
         assert grid.shape[-2:] == (h, w), f'interpolated to {tuple(grid.shape[-2:])}, wanted {(h, w)}'
-        return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
+        return grid
 
     def embed(self, x, mask=None):
         """Image -> tokens (B, T, D) in the order CLS, registers, patches. Registers have no position."""

@@ -619,7 +619,7 @@ def serve(pipe, folder, valid, kind, seed, numbers):
 def hunt(kind, numbers, seed):
     """{number: (place, Outcomes)}. A process that dies or does not answer is a fault, and another one goes on."""
     valid, busy, found = KINDS[kind][0](), {}, {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         def hire(numbers):
             if numbers:
                 here, there = multiprocessing.Pipe(duplex=False)
@@ -650,6 +650,7 @@ def hunt(kind, numbers, seed):
                     del busy[pipe]
                     hire(others)
                 elif not others:
+                    worker.join()
                     del busy[pipe]
     return valid, found
 

@@ -62,8 +62,11 @@ def test_the_readme_names_only_what_exists():
         assert (ROOT / picture).exists(), picture
     fields = {name for script in SCRIPTS for name in re.findall(r'^    (\w+): .*option\(', source(script), re.M)}
     known = fields | {'help', 'side', 'checkpoint', 'labels', 'boxes', 'threshold'}
+    tests = ''.join(path.read_text() for path in (ROOT / 'tests').glob('test_*.py'))
+    for test in set(re.findall(r'`(test_\w+)`', readme)):
+        assert f'def {test}(' in tests, test
     for flag in re.findall(r'`--(\w+)', readme):
-        assert flag in known or flag.startswith(('nproc', 'no')), flag
+        assert flag in known or flag.startswith(('nproc', 'no', 'shutdown')), flag
 
 
 def test_the_bench_prints_its_rows():

@@ -176,6 +176,23 @@ def test_attention_is_what_the_last_block_uses():
                           attention(tokens), atol=1e-6)
 
 
+@pytest.mark.parametrize('how', OFFICIAL.values())
+def test_deterministic_positions_are_the_same_positions(how):
+    """As a product with what interpolation does to single impulses: the same values and the same gradient."""
+    model = ViT(size=84, width=32, depth=1, heads=2, **how)
+    plain = model.positions(3, 8)
+    plain.square().sum().backward()
+    gradient, model.pos_embed.grad = model.pos_embed.grad, None
+    torch.use_deterministic_algorithms(True)
+    try:
+        again = model.positions(3, 8)
+        again.square().sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(model.pos_embed.grad, gradient, atol=1e-6, rtol=1e-5)
+
+
 def test_sides_must_be_multiples_of_the_patch():
     with pytest.raises(ValueError, match='multiples of the patch'):
         ViT(size=28, width=32, depth=1, heads=2)(torch.rand(1, 1, 30, 28))
