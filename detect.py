@@ -147,9 +147,11 @@ def save(path, state):
         with open(part, 'rb+') as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as problem:
+    except BaseException as problem:
         part.unlink(missing_ok=True)
-        raise OSError(f'{path} cannot be written ({problem}); free some disk space and start again') from problem
+        if not isinstance(problem, (OSError, RuntimeError)):
+            raise
+        raise OSError(f'{path} cannot be written ({problem}); is the disk full, or not yours?') from problem
 
 
 def cosine(step, steps, start, end, warmup=0):
@@ -1279,7 +1281,9 @@ def train(cfg, volumes, device, out):
         header = json.dumps(dict(config=asdict(cfg), torch=torch.__version__, commit=commit())) + '\n'
         log = out / 'log.jsonl'
         lines = log.read_text().splitlines(keepends=True) if start and log.exists() else [header]
-        log.write_text(''.join(lines[:1 + start]))
+        part = Path(f'{log}.part')                          # whole or not at all
+        part.write_text(''.join(lines[:1 + start]))
+        os.replace(part, log)
 
     per_epoch, items = plan(cfg, parts['train'], start, rank, ranks)
     steps, accumulate = cfg.epochs * per_epoch, math.ceil(cfg.batch // ranks / cfg.micro_batch)

@@ -151,9 +151,11 @@ def save(path, state):
         with open(part, 'rb+') as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as problem:
+    except BaseException as problem:
         part.unlink(missing_ok=True)
-        raise OSError(f'{path} cannot be written ({problem}); free some disk space and start again') from problem
+        if not isinstance(problem, (OSError, RuntimeError)):
+            raise
+        raise OSError(f'{path} cannot be written ({problem}); is the disk full, or not yours?') from problem
 
 
 def cosine(step, steps, start, end, warmup=0):
@@ -958,8 +960,12 @@ def features(cfg, encoder, rows, units, device, cache=True):
             found[i] = value
             if cache:                                       # written beside its place and moved there whole
                 part = places[i].with_suffix(f'.{os.uname().nodename}-{os.getpid()}.npy')
-                np.save(part, value)
-                os.replace(part, places[i])
+                try:
+                    np.save(part, value)
+                    os.replace(part, places[i])
+                except OSError as problem:
+                    part.unlink(missing_ok=True)
+                    raise OSError(f'{part} cannot be written ({problem}); is the disk full, or not yours?') from problem
 
     everyone = [None] * ranks
     dist.all_gather_object(everyone, found)

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import csv
 import errno
+import fcntl
 import io
 import itertools
 import logging
@@ -26,6 +27,7 @@ import os
 import signal
 import struct
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -134,7 +136,7 @@ def _one_line_errors(path):
             yield
     except Exception as error:
         if isinstance(error, OSError) and error.errno:      # the system's, not the decoder's: trying again may help
-            raise OSError(f'{path}: {error.strerror}') from None
+            raise type(error)(f'{path}: {error.strerror}') from None
         raise ValueError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
@@ -299,12 +301,12 @@ def _opened(path):
     """The file; or, of a deflated one, what it unpacks to: a plain file in memory, of two bytes a pixel at most."""
     file = open(path, 'rb')
     head = file.read(4096)
-    if DEFLATED not in head:
+    mark = 132 if head[128:132] == b'DICM' else 0           # the file meta begins with its own length, in four bytes
+    start = mark + 12 + int.from_bytes(head[mark + 8:mark + 12], 'little')
+    if DEFLATED not in head[:start]:
         file.seek(0)
         return file
     with file:
-        mark = 132 if head[128:132] == b'DICM' else 0       # the file meta begins with its own length, in four bytes
-        start = mark + 12 + int.from_bytes(head[mark + 8:mark + 12], 'little')
         file.seek(start)
         unpack = zlib.decompressobj(-zlib.MAX_WBITS)
         data = unpack.decompress(file.read(), 2 * MAX_PIXELS)
@@ -390,13 +392,14 @@ def _check_runs(file, at, ds, frame):
     data = get_frame(file, frame, number_of_frames=int(ds.get('NumberOfFrames') or 1))
     file.seek(0)
     count, *starts = struct.unpack('<16L', data[:64])
+    most = 2 * ds.Rows * ds.Columns                         # twice what is declared, for what pads the end
     for start, end in itertools.pairwise([*starts[:count], len(data)]):
         i, total, segment = 0, 0, data[start:end]
-        while i < len(segment) and total <= 2 * ds.Rows * ds.Columns:
+        while i < len(segment) and total <= most:
             n = segment[i]                                  # n + 1 bytes follow, or one that stands for 257 - n
             total += n + 1 if n < 128 else 257 - n if n > 128 else 0
             i += n + 2 if n < 128 else 2 if n > 128 else 1
-        if total > 2 * ds.Rows * ds.Columns:
+        if total > most:
             raise ValueError('they unpack to more than the header declares')
 
 
@@ -448,12 +451,12 @@ def _window(ds, x):
 
     pydicom's own window falls where the slope of the rescale does.
     """
-    if ds.get('VOILUTSequence'):
+    if ds.get('VOILUTSequence') and 'LUTData' in ds.VOILUTSequence[0]:
         return _look_up(ds.VOILUTSequence[0], x)
     if ds.get('WindowCenter') is None or ds.get('WindowWidth') is None:
         return x
     center, width = (float(np.ravel(ds[name].value)[0]) for name in ('WindowCenter', 'WindowWidth'))
-    function = ds.get('VOILUTFunction') or 'LINEAR'
+    function = (ds.get('VOILUTFunction') or 'LINEAR').upper()
     if function == 'LINEAR':
         center, width = center - 0.5, width - 1
     if function not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID') or width < 0:
@@ -781,6 +784,8 @@ def prepare(src, dst, side=1024, workers=None):
         raise ValueError(f'{dst} lies in {src}, it would be prepared again next time; choose a folder outside')
     if side < 1 or workers is not None and workers < 1:
         raise ValueError(f'--side {side} and --workers {workers}: expected at least 1')
+    dst.mkdir(parents=True, exist_ok=True)
+    lock = claim(dst)                                       # held until the end
     todo, taken, skipped, written, rejected = [], {}, 0, 0, []
     for path in listing(src):
         relative = os.path.relpath(path, src)
@@ -794,33 +799,57 @@ def prepare(src, dst, side=1024, workers=None):
             todo.append((path, target))
         taken.setdefault(target, relative)
 
-    dst.mkdir(parents=True, exist_ok=True)
+    results = _results(todo, side, workers)
     try:
-        results = _results(todo, side, workers)
         for path, reason in tqdm(results, total=len(todo), unit='file'):
             written += not reason
             if reason:
                 rejected.append((os.path.relpath(path, src), reason))
-    except KeyboardInterrupt:
-        print('\nstopping after the files at work', file=sys.stderr)
-        patience = signal.signal(signal.SIGINT, signal.SIG_IGN)     # a second Ctrl-C would leave workers behind
+    except BaseException as error:
         results.close()
-        signal.signal(signal.SIGINT, patience)
+        with contextlib.suppress(OSError):
+            _list_rejected(dst, rejected)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise OSError(f'{dst} cannot be written ({error.strerror}); free some space and start again, it goes on '
+                          'from here') from error
         raise
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise OSError(f'{dst} cannot be written ({error.strerror}); free some space and start again, it goes on from '
-                      'here') from error
-    finally:
-        with contextlib.suppress(OSError), _whole(dst / 'rejected.csv') as part, \
-                open(part, 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
-            csv.writer(file).writerows([('file', 'reason'), *sorted(rejected)])
+    _list_rejected(dst, rejected)
     return written, skipped, len(rejected)
 
 
+def _list_rejected(dst, rejected):
+    with _whole(dst / 'rejected.csv') as part, \
+            open(part, 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
+        csv.writer(file).writerows([('file', 'reason'), *sorted(rejected)])
+
+
+def claim(folder):
+    """An open file that keeps others out of the folder until it is closed or the process ends, however it ends.
+    ValueError where another process holds it."""
+    file = open(Path(folder) / '.lock', 'w')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f'{folder}: another process is writing there; wait for it, or choose another folder') from None
+    except OSError:                                         # a file system without locks
+        pass
+    return file
+
+
+def follow_parent():
+    """For the processes of a pool: signals are their parent's affair, and they end when it does, however it does."""
+    def watch(parent):
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+
+
 def _pool(workers):
-    return ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    return ProcessPoolExecutor(workers, initializer=follow_parent)
 
 
 def _results(todo, side, workers, ahead=64):
@@ -845,8 +874,13 @@ def _results(todo, side, workers, ahead=64):
                 for path, target in (*at_work.values(), *fresh):
                     yield path, _alone(path, target, side)
                 pool, at_work = _pool(workers), {}
+    except KeyboardInterrupt:
+        print('\nstopping after the files at work', file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)        # a second Ctrl-C would leave workers behind
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _alone(path, target, side):
@@ -905,6 +939,7 @@ def _main(arguments):
         parser.add_argument('--side', type=int, default=1024,
                             help='pixels of the shorter side at most; files that are there already keep theirs')
         parser.add_argument('--workers', type=int, help='processes (default: all cores)')
+        signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C
         start = time.time()
         written, skipped, rejected = prepare(**vars(parser.parse_args(arguments[1:])))
         print(f'{written} written, {written / (time.time() - start):.1f} files/s, {skipped} were there, {rejected} '

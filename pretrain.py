@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 import zipfile
 from collections import Counter
@@ -257,7 +258,7 @@ class Slices(Dataset):
                 return self.sample(rng, file, frame) | dict(file=file, bad=bad, retried=self.retried)
             except (ValueError, OSError) as error:
                 bad.append((file, str(error)))
-                index = (index + 1) % len(self)
+                index, self.retried = (index + 1) % len(self), []
             finally:
                 self.tell(-1)
         raise ValueError(f'{len({file for file, _ in bad})} files in a row cannot be used, the first: {bad[0][1]}')
@@ -348,6 +349,9 @@ def collate(samples):
     batch['counts'] = torch.tensor([[s['relaxed'], s['masks_relaxed'], s['enlarged']] for s in samples]).sum(0)
     batch['bad'] = [b for s in samples for b in s['bad']]
     batch['retried'] = [r for s in samples for r in s['retried']]
+    if get_worker_info():                                   # here, where it is heard of if there is no room for it
+        for name in ('globals', 'locals', 'masks', 'pair', 'file', 'counts'):
+            batch[name].share_memory_()
     return batch
 
 
@@ -368,16 +372,16 @@ class Stream:
     them died is bad. Where no data come, the files at work are named every STALL seconds; after STALLS times OSError
     ends the run, so that a scheduler can try elsewhere."""
 
-    def __init__(self, cfg, files, counts, device, start, rank, ranks, accumulate):
-        self.data, self.pin = Slices(cfg, files, counts), device.type == 'cuda'
+    def __init__(self, cfg, files, counts, device, start, rank, ranks, accumulate, notice=None):
+        self.data, self.pin, self.notice = Slices(cfg, files, counts), device.type == 'cuda', notice
         self.plan, self.given = (cfg, start, rank, ranks, accumulate), 0
         self.retries, self.deaths = 0, Counter()
-        self.data.at_work = torch.full((cfg.workers, 2), -1).share_memory_()            # pid and file of each
         self.open()
 
     def open(self):
         """Starts the workers at the first micro-batch that was not given yet."""
         workers = self.data.cfg.workers
+        self.data.at_work = torch.full((workers, 2), -1).share_memory_()                # pid and file of each
         todo = itertools.islice(micro_batches(*self.plan), self.given, None)
         self.batches = iter(DataLoader(self.data, num_workers=workers, collate_fn=collate, batch_sampler=todo,
                                        pin_memory=self.pin, timeout=min(5, STALL) if workers else 0,
@@ -394,8 +398,10 @@ class Stream:
             except RuntimeError as problem:
                 if 'exited unexpectedly' in str(problem):
                     self.bury({int(pid) for pid in re.findall(r'\d+', str(problem))})
-                elif 'timed out' not in str(problem):
+                elif 'DataLoader timed out' not in str(problem):
                     raise
+                elif self.notice and self.notice.when < math.inf:
+                    raise OSError('stopped while data were waited for; --resume goes on from the last checkpoint')
             except (EOFError, ConnectionError):             # it died while it handed its batch over
                 pass
             if time.time() - since > STALL * (said + 1):
@@ -405,6 +411,7 @@ class Stream:
                 if said == STALLS:
                     raise OSError(f'no data for {STALL * said} s; is the storage there? --resume goes on')
         self.given += 1
+        self.deaths.pop(-1, None)                           # without a file at work: only one after the other count
         for reason in batch['retried']:
             self.retries += 1
             tqdm.write(f'read at a later try ({self.retries} so far): {reason}', file=sys.stderr)
@@ -412,7 +419,7 @@ class Stream:
 
     def bury(self, pids):
         """Counts the dead workers by their files, and starts all anew."""
-        for file in {file for pid, file in self.data.at_work.tolist() if pid in pids}:
+        for file in {file for pid, file in self.data.at_work.tolist() if pid in pids} or {-1}:
             self.deaths[file] += 1
             name = self.data.files[file] if file >= 0 else 'nothing'
             tqdm.write(f'a data worker died over {name} ({self.deaths[file]} of {TRIES})', file=sys.stderr)
@@ -422,7 +429,6 @@ class Stream:
                                   'then --resume')
                 self.data.deadly.add(file)
         self.batches = None
-        self.data.at_work[:] = -1
         self.open()
 
 
@@ -476,7 +482,8 @@ def headers(cfg, folder):
 def read_headers(files):
     """{path: its number of slices, or why it cannot be known}; of more than MANY by all cores."""
     try:
-        with ProcessPoolExecutor() if len(files) > MANY else contextlib.nullcontext() as pool:
+        pools = ProcessPoolExecutor(initializer=mask.follow_parent) if len(files) > MANY else contextlib.nullcontext()
+        with pools as pool:
             found = pool.map(slices_of, files, chunksize=256) if pool else map(slices_of, files)
             return dict(zip(files, tqdm(found, total=len(files), desc='reading headers', unit='file', delay=2)))
     except BrokenProcessPool:
@@ -485,7 +492,7 @@ def read_headers(files):
 
 def slices_of(path):
     try:
-        return patiently(mask.frames, path)
+        return patiently(mask.frames, path) if os.access(path, os.R_OK) else mask.frames(path)
     except (ValueError, OSError) as problem:
         return str(problem)
 
@@ -681,22 +688,25 @@ def save(path, state):
         with open(part, 'rb+') as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as problem:
+    except BaseException as problem:
         part.unlink(missing_ok=True)
-        raise OSError(f'{path} cannot be written ({problem}); free some disk space and start again') from problem
+        if not isinstance(problem, (OSError, RuntimeError)):
+            raise
+        raise OSError(f'{path} cannot be written ({problem}); is the disk full, or not yours?') from problem
 
 
 def checkpoint(cfg, step, parts, watch, rank, now=False):
     """OUT/last.pt every `save_every` steps, at the end and `now`; OUT/step_N.pt every `keep_every` steps, for good."""
-    names = ['last.pt'] if now or step % cfg.save_every == 0 or step == cfg.steps else []
-    names += [f'step_{step:06d}.pt'] if cfg.keep_every and step % cfg.keep_every == 0 else []
-    if names:
-        inspect(parts['student'], parts['teacher'])
-        watch.judge()                                       # gathers what the other ranks have seen
+    names = [f'step_{step:06d}.pt'] if cfg.keep_every and step % cfg.keep_every == 0 else []
+    names += ['last.pt'] if now or step % cfg.save_every == 0 or step == cfg.steps else []
+    if not names:
+        return
+    inspect(parts['student'], parts['teacher'])
+    watch.judge()                                           # gathers what the other ranks have seen
+    if rank == 0:
         state = dict(step=step, config=asdict(cfg), vit=parts['teacher'].backbone.config, seen=watch.seen,
-                     data=watch.data)
-        state |= {name: part.state_dict() for name, part in parts.items()}
-        for name in names if rank == 0 else ():
+                     data=watch.data) | {name: part.state_dict() for name, part in parts.items()}
+        for name in names:                                  # last.pt last: a run that goes on from it has the other
             save(Path(cfg.out) / name, state)
 
 
@@ -713,13 +723,11 @@ def earlier(cfg, rank):
             'max_bad', 'test_phantoms'}
     try:
         state = vit.read(last)
-        kinds = dict(seen=torch.Tensor, data=str, config=dict, student=dict, teacher=dict, center=dict, optimizer=dict)
-        if type(state['step']) is not int or state['step'] < 0 or state['seen'].ndim != 1 \
-                or not all(isinstance(state[name], kind) for name, kind in kinds.items()) \
-                or any(isinstance(value, torch.Tensor) for value in state['config'].values()):
+        then = asdict(Config()) | state['config']           # of an older version: fields that are new had no effect
+        if type(state['step']) is not int or state['step'] < 0 \
+                or any(isinstance(value, torch.Tensor) for value in then.values()):
             raise TypeError('values of other types')
-        changed = [f"{k} {state['config'].get(k)!r} -> {v!r}" for k, v in asdict(cfg).items()
-                   if k not in free and state['config'].get(k) != v]
+        changed = [f'{k} {then[k]!r} -> {v!r}' for k, v in asdict(cfg).items() if k not in free and then[k] != v]
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise ValueError(f'{last}: not a checkpoint of this script, or a damaged one; remove it to start afresh, or '
                          'copy a step_N.pt over it if --keep_every left one') from problem
@@ -733,15 +741,17 @@ def earlier(cfg, rank):
 
 def restore(state, cfg, parts, watch):
     """Puts a checkpoint back in place. -> the step to go on with. Other files than it was trained on are refused."""
-    if state['data'] == watch.data and len(state['seen']) == len(watch.seen):
-        watch.seen.copy_(state['seen'])
-    elif not cfg.override:
-        raise ValueError(f"{cfg.out}/last.pt was trained on {len(state['seen'])} files, of which some are gone, new, "
-                         f'of another name or depth ({len(watch.seen)} now); the stream would not be the same; '
-                         '--override goes on all the same')
+    if state.get('data') != watch.data and not cfg.override:
+        raise ValueError(f'{cfg.out}/last.pt was trained on other files than these {len(watch.seen)}: some are gone, '
+                         'new or of another name or depth, the stream would not be the same; --override goes on')
     try:
+        if len(state['seen']) == len(watch.seen):
+            watch.seen.copy_(state['seen'])
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        moments = parts['optimizer'].state.items()
+        if any(m[name].shape != p.shape for p, m in moments for name in ('exp_avg', 'exp_avg_sq')):
+            raise ValueError('moments of other weights')
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as problem:
         raise ValueError(f'{cfg.out}/last.pt: its weights do not fit this recipe ({type(problem).__name__}); choose '
                          'another --out') from problem
@@ -788,9 +798,9 @@ def not_finite(step, names, values, means, micro, files):
         broken = [name for name, value in zip(names, row.tolist()) if not math.isfinite(value)]
         if broken:
             said.append(f"{', '.join(broken)} of {', '.join(files[file] for file in batch['file'].tolist())}")
-    if not said:
-        where = 'the gradient' if math.isfinite(means['total']) else 'a loss of another rank'
-        said = [f"{where}; here: {', '.join(files[file] for batch in micro for file in batch['file'].tolist())}"]
+    if not said and math.isfinite(means['total']):
+        said = [f"the gradient, over {', '.join(files[file] for batch in micro for file in batch['file'].tolist())}"]
+    said = said or ['a loss of another rank, which names it']
     return f"step {step}: not finite: {'; '.join(said)}. All terms: {means}; the last checkpoint, if any, is good"
 
 
@@ -840,18 +850,19 @@ class Log:
         header = dict(config=asdict(cfg), torch=torch.__version__, numpy=np.__version__, commit=commit())
         header = next((line for line in old if 'config' in line and not cfg.override), header)
         lines = [header, *(line for line in old if line.get('step', start) < start)]
-        part = Path(f'{self.path}.part')                    # whole or not at all
-        with self.on_disk():
+        with self.on_disk() as part:                        # whole or not at all
             part.write_text(''.join(json.dumps(line) + '\n' for line in lines))
             os.replace(part, self.path)
 
     @contextlib.contextmanager
     def on_disk(self):
+        part = Path(f'{self.path}.part')
         try:
-            yield
+            yield part
         except OSError as problem:
-            raise OSError(f'{self.path} cannot be written ({problem.strerror}); free some disk space, then '
-                          '--resume') from problem
+            part.unlink(missing_ok=True)
+            raise OSError(f'{self.path} cannot be written ({problem.strerror}); is the disk full, or not yours?') \
+                from problem
 
     @contextlib.contextmanager
     def waiting(self):
@@ -869,6 +880,8 @@ class Log:
         if self.rank == 0:
             with self.on_disk(), open(self.path, 'a') as file:
                 file.write(json.dumps(values) + '\n')
+                file.flush()
+                os.fsync(file.fileno())                     # no checkpoint outlives the lines before it
             for name, text in advice(self.cfg, values):
                 if name not in self.warned:
                     tqdm.write(f"warning: step {values['step']}: {text}", file=sys.stderr)
@@ -881,9 +894,9 @@ def logged(path):
     """The lines of a log as dicts, but for one that a crash has cut."""
     lines = []
     for line in path.read_text(errors='replace').splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict) and type(line.get('step', 0)) is int]
 
 
 def commit():
@@ -925,7 +938,7 @@ class Notice:
     second Ctrl-C ends it at once."""
 
     def __init__(self):
-        self.when = math.inf
+        self.when, self.parent = math.inf, os.getppid()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.take)
 
@@ -935,14 +948,19 @@ class Notice:
         self.when = min(self.when, time.time())
 
     def given(self, device):
-        """On any rank, so that all leave after the same step."""
-        return bool(sum_over_ranks(self.when < math.inf, device))
+        """On any rank, so that all leave after the same step. A launcher that is gone is a notice, too."""
+        orphan = 'RANK' in os.environ and os.getppid() != self.parent
+        return bool(sum_over_ranks(self.when < math.inf or orphan, device))
 
 
 def same_command():
     """What goes on with this run."""
     words = sys.argv if '--resume' in sys.argv else [*sys.argv, '--resume']
-    launcher = 'python' if 'RANK' not in os.environ else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+    launcher = 'python'
+    if 'RANK' in os.environ:
+        launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', 1)}"
+    if os.environ.get('GROUP_WORLD_SIZE', '1') != '1':
+        launcher += ' (and --nnodes and --rdzv as before)'
     return f'{launcher} {shlex.join(words)}'
 
 
@@ -957,6 +975,7 @@ def main(cfg):
     accumulate, demo, out = check(cfg, ranks), cfg.data is None, Path(cfg.out)
     state = earlier(cfg, rank)
     out.mkdir(parents=True, exist_ok=True)
+    lock = mask.claim(out) if rank == 0 else None           # held until the end
     folder = make_phantoms(cfg, rank) if demo else cfg.data
     files, counts, left_out = index(cfg, folder, rank)
     watch = Watch(cfg, files, device, left_out, fingerprint(folder, files, counts))
@@ -968,12 +987,16 @@ def main(cfg):
     parts = dict(student=student, teacher=teacher, center=center, optimizer=optimizer)
     start = restore(state, cfg, parts, watch) if state else 0
     state = None                                            # a copy of everything
+    starts = [None] * ranks
+    dist.all_gather_object(starts, start)
+    if len(set(starts)) > 1:
+        raise ValueError(f'--out {out} is not the same folder for all ranks: they would go on from steps {starts}')
 
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if cfg.amp is None else cfg.amp)
     ddp = nn.parallel.DistributedDataParallel(student, device_ids=[device] if device.type == 'cuda' else None,
                                               gradient_as_bucket_view=True)     # one copy of the gradients less
     notice, log, leave = Notice(), Log(cfg, rank, start), False
-    stream = Stream(cfg, files, counts, device, start, rank, ranks, accumulate)
+    stream = Stream(cfg, files, counts, device, start, rank, ranks, accumulate, notice)
 
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0, unit='step')
     for step in bar:
@@ -1021,14 +1044,14 @@ def main(cfg):
             health = diagnose(cfg, micro, terms, taught[-1], center, device)
             log.write(bar, dict(step=step) | means | now | health | dict(bad_files=watch.judge(),
                                                                          peak_memory=peak_memory(device)))
-        leave = notice.given(device) and step + 1 < cfg.steps
+        leave = notice.given(device)
         checkpoint(cfg, step + 1, parts, watch, rank, now=leave)
         if leave:
             break
 
     bar.close()
     stream.batches = None                                   # the workers end
-    if leave and rank == 0:
+    if leave and rank == 0 and step + 1 < cfg.steps:
         print(f'stopped after step {step}, as asked; this goes on: {same_command()}', flush=True)
     elif demo and rank == 0 and cfg.test_phantoms:
         report(cfg, teacher, device)
@@ -1178,13 +1201,20 @@ if __name__ == '__main__':
         main(parse(Config, sys.argv[1:], DEMO))
     except (ValueError, OSError) as problem:                # a data worker sends its traceback along, the reason last
         wrong = str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')
-    except (dist.DistError, RuntimeError) as problem:
-        if 'gloo' in str(problem) or isinstance(problem, dist.DistError):
-            wrong = 'another rank has ended; its own message is above or below'
-        else:
-            raise
     except KeyboardInterrupt:
         wrong = 'stopped; --resume goes on from the last checkpoint'
+    except SystemExit:                                      # --help, or a flag that does not exist
+        raise
+    except BaseException as problem:                        # to leave by os._exit: data workers are deaf to a farewell
+        text = str(problem)
+        if 'gloo' in text or isinstance(problem, dist.DistError):
+            wrong = 'another rank has ended; its own message is above or below'
+        elif 'shared memory' in text:
+            wrong = '/dev/shm is full; give the container more (docker --shm-size), or lower --workers'
+        else:
+            traceback.print_exc()
+            wrong = 'out of memory; lower --micro_batch, then --resume' if isinstance(
+                problem, (MemoryError, torch.OutOfMemoryError)) else 'stopped by the error above; --resume goes on'
     if wrong:
         print(f'pretrain.py: {wrong}', file=sys.stderr)
     sys.stdout.flush()

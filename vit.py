@@ -230,14 +230,16 @@ def read(path):
     try:
         with zipfile.ZipFile(path) as members:
             declared = sum(member.file_size for member in members.infolist())
+            if declared <= os.path.getsize(path) and members.testzip():         # torch.load checks no sums
+                raise ValueError('bytes that have changed')
         with warnings.catch_warnings(action='ignore'):      # what is odd is refused, not remarked upon
             fits = declared <= os.path.getsize(path)
             found = torch.load(path, map_location='cpu', weights_only=True) if fits else None
         if not isinstance(found, dict) or _bytes(found) > os.path.getsize(path):
             raise ValueError('not a dict of as many bytes as the file has')
     except Exception as error:
-        if isinstance(error, OSError) and error.filename:   # the system's, not the archive's
-            raise
+        if isinstance(error, OSError) and error.errno:      # the system's, not the archive's
+            raise OSError(f'{path}: {error.strerror}') from None
         raise ValueError(f'{path}: not a checkpoint, or a damaged one ({type(error).__name__}); expected a file of '
                          'torch.save that holds a dict of tensors') from error
     return found

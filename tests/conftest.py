@@ -102,12 +102,19 @@ def logged_steps(out):
     return log.read_bytes().count(b'"step"') if log.exists() else 0
 
 
-def kill(process, when):
-    """SIGKILL to the process and all its descendants as soon as `when()`. -> False if it had ended before."""
+def reached(process, when):
+    """True as soon as `when()` is; False if the process has ended before."""
     while not when():
         if process.poll() is not None:
             return False
         time.sleep(0.001)
+    return True
+
+
+def kill(process, when):
+    """SIGKILL to the process and all its descendants as soon as `when()`. -> False if it had ended before."""
+    if not reached(process, when):
+        return False
     for pid in family(process.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

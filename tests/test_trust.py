@@ -12,7 +12,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 import zipfile
 import zlib
@@ -22,7 +21,8 @@ import pydicom
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY, family, kill, logged_steps, pretraining, run, run_here, same_run, started, timeless
+from conftest import (ROOT, TINY, family, kill, logged_steps, pretraining, reached, run, run_here, same_run, started,
+                      timeless)
 from PIL import Image
 from pydicom import uid
 from pydicom.encaps import encapsulate
@@ -38,20 +38,37 @@ from pretrain import DEMO, Config
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-    """A run that nothing happened to."""
-    out = tmp_path_factory.mktemp('whole') / 'run'
-    return out, *run(out, '--drop_path', 0.2)
+def one(tmp_path_factory):
+    """Flags of a run over 27 mammograms, 4 volumes and a file without tissue; six steps do not see them all."""
+    folder = tmp_path_factory.mktemp('films')
+    for i in range(31):
+        volume = mask.phantom(np.random.default_rng(i), slices=5 if i % 8 == 0 else 1).volume
+        np.save(folder / f'{i:02d}.npy', volume if len(volume) > 1 else volume[0])
+    np.save(folder / '31.npy', np.zeros((256, 192), np.uint8))
+    return ('--data', folder, *SMALL, '--workers', 0, '--drop_path', 0.2, '--layerscale', 1)
+
+
+SMALL = ('--size', 84, '--local_size', 42, '--locals', 2, '--hidden', 64, '--bottleneck', 16)
 
 
 @pytest.fixture(scope='module')
-def pair(tmp_path_factory):
-    """The same on two ranks, with data workers, accumulation and bf16."""
+def two(one):
+    """The same for two ranks, with data workers, accumulation and bf16."""
+    return (*one, '--workers', 1, '--micro_batch', 2, '--amp')
+
+
+@pytest.fixture(scope='module')
+def whole(one, tmp_path_factory):
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp('whole') / 'run'
+    return out, *run(out, *one)
+
+
+@pytest.fixture(scope='module')
+def pair(two, tmp_path_factory):
+    """One of two ranks."""
     out = tmp_path_factory.mktemp('pair') / 'run'
-    return out, *run(out, *PAIR, ranks=2)
-
-
-PAIR = ('--workers', 1, '--micro_batch', 2, '--amp', '--drop_path', 0.2)
+    return out, *run(out, *two, ranks=2)
 
 
 @pytest.fixture
@@ -75,32 +92,31 @@ def group():
 # ---- faults -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('after', [2, 4])
-def test_a_killed_run_goes_on_bit_for_bit(after, whole, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(after, one, whole, tmp_path):
     out = tmp_path / 'run'
-    flags = ('--drop_path', 0.2, '--save_every', 3, '--resume')
+    flags = (*one, '--save_every', 3, '--resume')
     assert kill(started(pretraining(out, *flags)), lambda: logged_steps(out) >= after)
     run(out, *flags)
     same_run(whole[0], out)
 
 
-def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_bit_for_bit(pair, tmp_path):
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_bit_for_bit(two, pair, tmp_path):
     """Two ranks with workers, accumulation and bf16; at the second checkpoint, so that there is a first."""
     out = tmp_path / 'run'
-    flags = (*PAIR, '--save_every', 2, '--resume')
-    assert kill(started(pretraining(out, *flags, ranks=2)),
-                lambda: (out / 'last.pt').exists() and (out / 'last.pt.part').exists())
+    flags = (*two, '--save_every', 2, '--keep_every', 4, '--resume')
+    assert kill(started(pretraining(out, *flags, ranks=2)), lambda: (out / 'last.pt').exists()
+                and ((out / 'last.pt.part').exists() or (out / 'step_000004.pt.part').exists()))
     run(out, *flags, ranks=2)
     same_run(pair[0], out)
-    assert not list(out.glob('*.part'))
+    assert (out / 'step_000004.pt').exists() and not list(out.glob('*.part'))
 
 
-def test_a_rank_that_dies_is_restarted_and_the_result_is_the_same(pair, tmp_path):
+def test_a_rank_that_dies_is_restarted_and_the_result_is_the_same(two, pair, tmp_path):
     out = tmp_path / 'run'
-    process = started(pretraining(out, *PAIR, '--save_every', 2, '--resume', ranks=2, torchrun=('--max-restarts', '1')))
-    while logged_steps(out) < 3:
-        time.sleep(0.001)
+    process = started(pretraining(out, *two, '--save_every', 2, '--resume', ranks=2, torchrun=('--max-restarts', '1')))
+    assert reached(process, lambda: logged_steps(out) >= 3)
     os.kill(random.choice(ranks_of(process)), signal.SIGKILL)
-    text = process.communicate()[0]
+    text = process.communicate(timeout=120)[0]
     assert process.returncode == 0, text
     same_run(pair[0], out)
 
@@ -112,33 +128,31 @@ def ranks_of(process):
 
 
 @pytest.mark.parametrize('whom', ['torchrun', 'everyone'])
-def test_sigterm_saves_within_a_step_and_tells_how_to_go_on(whom, pair, tmp_path):
+def test_sigterm_saves_within_a_step_and_tells_how_to_go_on(whom, two, pair, tmp_path):
     """A scheduler tells torchrun, which passes it on, or every process of the job, data workers too."""
     out = tmp_path / 'run'
-    process = started(pretraining(out, *PAIR, ranks=2))
-    while logged_steps(out) < 2:
-        time.sleep(0.001)
+    process = started(pretraining(out, *two, ranks=2))
+    assert reached(process, lambda: logged_steps(out) >= 2)
     before = logged_steps(out)
     for pid in family(process.pid) if whom == 'everyone' else [process.pid]:
         os.kill(pid, signal.SIGTERM)
-    text = process.communicate()[0]
-    assert (out / 'last.pt').exists(), text
+    text = process.communicate(timeout=120)[0]
+    assert (out / 'last.pt').exists() and 'a data worker died' not in text, text
     step = torch.load(out / 'last.pt', weights_only=True)['step']
     assert before <= step <= before + 2 and f'stopped after step {step - 1}, as asked' in text
     assert f'torchrun --nproc-per-node 2 {ROOT}/pretrain.py --out {out}' in text and '--resume' in text
     if whom == 'everyone':
-        run(out, *PAIR, '--resume', ranks=2)
+        run(out, *two, '--resume', ranks=2)
         same_run(pair[0], out)
 
 
-def test_sigterm_ends_a_single_process_with_status_0(whole, tmp_path):
+def test_sigterm_ends_a_single_process_with_status_0(one, whole, tmp_path):
     out = tmp_path / 'run'
-    process = started(pretraining(out, '--drop_path', 0.2))
-    while logged_steps(out) < 2:
-        time.sleep(0.001)
+    process = started(pretraining(out, *one))
+    assert reached(process, lambda: logged_steps(out) >= 2)
     process.send_signal(signal.SIGTERM)
     assert 'as asked; this goes on: python' in process.communicate()[0] and process.returncode == 0
-    run(out, '--drop_path', 0.2, '--resume')
+    run(out, *one, '--resume')
     same_run(whole[0], out)
 
 
@@ -147,36 +161,50 @@ def at_most(size):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def test_a_full_disk_ends_a_run_in_words_and_leaves_the_last_checkpoint(whole, tmp_path):
+def test_a_full_disk_ends_a_run_in_words_and_leaves_the_last_checkpoint(one, whole, tmp_path):
     out = tmp_path / 'run'
-    flags = ('--drop_path', 0.2, '--save_every', 2)
+    flags = (*one, '--save_every', 2)
     assert kill(started(pretraining(out, *flags)), lambda: logged_steps(out) >= 4)
     good = (out / 'last.pt').read_bytes()
-    text, _ = run(out, *flags, '--resume', ok=False, preexec_fn=at_most(1_000_000))
-    assert 'pretrain.py: ' in text and 'last.pt cannot be written' in text and 'free some disk space' in text
+    text, _ = run(out, *flags, '--resume', ok=False, preexec_fn=at_most(100_000))
+    assert 'pretrain.py: ' in text and 'last.pt cannot be written' in text and 'is the disk full' in text
     assert (out / 'last.pt').read_bytes() == good and not list(out.glob('*.part'))
     run(out, *flags, '--resume')
     same_run(whole[0], out)
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    """Else a power cut may leave an empty file under its name."""
+    done = []
+    for name in ('fsync', 'replace'):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, real=real: (done.append(name), real(*given)))
+    pretrain.save(tmp_path / 'last.pt', {'a': 1})
+    assert done == ['fsync', 'replace'] and torch.load(tmp_path / 'last.pt') == {'a': 1}
+
+
 class Deadly(pretrain.Slices):
-    """A reader that kills its process at file 3, as often as OUT/tally has room for."""
+    """A reader that lets file 3 pass once and then kills its process at it, as often as OUT/tally tells."""
 
     def load(self, file, frame):
         tally = pathlib.Path(self.cfg.out) / 'tally'
         if file == 3 and file not in self.deadly and get_worker_info() and tally.stat().st_size:
-            tally.write_bytes(tally.read_bytes()[1:])
-            os.kill(os.getpid(), signal.SIGKILL)
+            turn, rest = tally.read_text()[0], tally.read_text()[1:]
+            tally.write_text(rest)
+            if turn == 'x':
+                os.kill(os.getpid(), signal.SIGKILL)
         return super().load(file, frame)
 
 
 def stream(folder, deaths, tmp_path):
-    """Three steps of four images, by two workers."""
-    (tmp_path / 'tally').write_bytes(b'.' * deaths)
-    cfg = Config(**DEMO | dict(workers=2, batch=4, steps=3, out=str(tmp_path), volume_items=True))
-    files = mask.listing(folder)
+    """Three epochs of four batches, by two workers, which draw nothing from torch's own numbers."""
+    (tmp_path / 'tally').write_text('.' + 'x' * deaths)
+    cfg = Config(**DEMO | dict(workers=2, batch=4, steps=12, out=str(tmp_path), volume_items=True))
+    files, drawn = mask.listing(folder), torch.get_rng_state()
     flow = pretrain.Stream(cfg, files, [mask.frames(f) for f in files], torch.device('cpu'), 0, 0, 1, 1)
-    return flow, [next(flow) for _ in range(3)]
+    batches = [next(flow) for _ in range(12)]
+    assert torch.equal(drawn, torch.get_rng_state())
+    return flow, batches
 
 
 def equal(a, b):
@@ -197,7 +225,7 @@ def test_a_file_over_which_workers_always_die_is_skipped_named_and_counted(folde
     monkeypatch.setattr(pretrain, 'STALL', 1)              # dead workers are looked for as often
     flow, batches = stream(folder, 99, tmp_path)
     bad = [b for batch in batches for b in batch['bad']]
-    assert [file for file, _ in bad] == [3] and '03.npy: 3 data workers died over it' in bad[0][1]
+    assert {file for file, _ in bad} == {3} and '03.npy: 3 data workers died over it' in bad[0][1]
     watch = pretrain.Watch(flow.data.cfg, flow.data.files, torch.device('cpu'))
     for batch in batches:
         watch.note(batch)
@@ -223,6 +251,7 @@ def test_a_share_that_is_away_for_a_moment_is_waited_out_and_a_file_that_is_gone
     os.remove(files[sample['file']])
     sample = data[0]
     assert sample['bad'][0][1].endswith('No such file or directory') and sample['file'] != sample['bad'][0][0]
+    assert not sample['retried']
 
 
 def test_a_share_that_stays_away_is_said_with_the_files_and_given_up(folder, tmp_path, monkeypatch, capsys):
@@ -277,15 +306,14 @@ def test_two_ranks_give_the_losses_the_gradient_and_the_update_of_one(tmp_path):
 
 
 def test_another_recipe_and_other_files_need_override(folder, tmp_path):
-    flags = ['--data', folder, '--size', 84, '--local_size', 42, '--locals', 2, '--hidden', 64, '--bottleneck', 16,
-             '--workers', 0, '--resume']
+    flags = ['--data', folder, *SMALL, '--workers', 0, '--resume']
     out = tmp_path / 'run'
     here(out, *flags, '--steps', 2)
     before = (out / 'last.pt').read_bytes()
     with pytest.raises(ValueError, match='another recipe: steps 2 -> 3, lr 0.004 -> 0.1; .* --override'):
         here(out, *flags, '--steps', 3, '--lr', 0.1)
     os.rename(folder / '05.npy', folder / '99.npy')
-    with pytest.raises(ValueError, match='trained on 16 files, of which some are gone, new.* --override'):
+    with pytest.raises(ValueError, match='trained on other files than these 16: some are gone, new.* --override'):
         here(out, *flags, '--steps', 2)
     assert (out / 'last.pt').read_bytes() == before
     here(out, *flags, '--steps', 3, '--lr', 0.1, '--override')
@@ -293,6 +321,27 @@ def test_another_recipe_and_other_files_need_override(folder, tmp_path):
     assert lines[0]['config']['lr'] == 0.1 and [line['step'] for line in lines[1:]] == [0, 1, 2]
     with pytest.raises(ValueError, match='its weights do not fit this recipe'):
         here(out, *flags, '--steps', 3, '--lr', 0.1, '--width', 64, '--override')
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    lock = mask.claim(tmp_path)
+    with pytest.raises(ValueError, match='another process is writing there'):
+        here(tmp_path)
+    lock.close()
+    assert len(here(tmp_path)) == 7
+
+
+def test_an_error_that_nobody_expects_ends_the_run_and_its_workers(one, tmp_path):
+    """Status 1, for torchrun to see, and no process that stays."""
+    code = ('import runpy, sys, torch, losses\n'
+            'def no_memory(*_, **__): raise torch.OutOfMemoryError("CUDA out of memory")\n'
+            'losses.image_loss = no_memory\n'
+            'sys.argv = sys.argv[1:]\n'
+            'runpy.run_path(sys.argv[0], run_name="__main__")')
+    command = [sys.executable, '-c', code, *pretraining(tmp_path / 'run', *one, '--workers', 2)[1:]]
+    process = started(command, cwd=ROOT)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and 'pretrain.py: out of memory; lower --micro_batch' in text
 
 
 # ---- numbers that cannot be silently wrong ------------------------------------------------------------------------
@@ -310,8 +359,8 @@ def here(out, *flags):
     return [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
 
 
-def test_the_same_seed_gives_the_same_log(whole, tmp_path):
-    lines = here(tmp_path / 'run', '--drop_path', 0.2, '--workers', 2)
+def test_the_same_seed_gives_the_same_log(one, whole, tmp_path):
+    lines = here(tmp_path / 'run', *one, '--workers', 2)
     assert timeless(lines) == timeless(whole[2])
 
 
@@ -336,17 +385,17 @@ class Infinite(torch.autograd.Function):
 
 def test_a_gradient_that_is_not_finite_names_the_files(tmp_path, monkeypatch):
     monkeypatch.setattr(losses, 'koleo', lambda x, groups: Infinite.apply(x))
-    with pytest.raises(ValueError, match=r"not finite: the gradient; here: .*\d{4}.npy.*'grad_norm': nan"):
+    with pytest.raises(ValueError, match=r"not finite: the gradient, over .*\d{4}.npy.*'grad_norm': nan"):
         here(tmp_path / 'run')
 
 
 def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(tmp_path, monkeypatch):
     schedules = pretrain.schedules
     monkeypatch.setattr(pretrain, 'schedules', lambda cfg, step: schedules(cfg, step) | (
-        {'momentum': math.nan} if step == 5 else {}))
+        {'momentum': math.nan} if step == 5 else {}))       # a checkpoint comes before a line of the log
     with pytest.raises(ValueError, match='not finite in backbone.cls_token; the last checkpoint is good'):
-        here(tmp_path / 'run', '--save_every', 5, '--log_every', 4)
-    assert torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)['step'] == 5
+        here(tmp_path / 'run', '--steps', 8, '--save_every', 3, '--log_every', 4)
+    assert torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)['step'] == 3
     pretrain.inspect(vit.load(tmp_path / 'run' / 'last.pt').train(), vit.load(tmp_path / 'run' / 'last.pt')
                      .requires_grad_(False))
 
@@ -409,7 +458,7 @@ def test_prepare_names_the_file_whose_decoder_crashes_and_prepares_the_rest(tmp_
     out = tmp_path.parent / f'{tmp_path.name}-out'
     assert mask.prepare(tmp_path, out, workers=2) == (5, 0, 1)
     assert '3.png,"the process died over it' in (out / 'rejected.csv').read_text()
-    assert sorted(os.listdir(out)) == [*(f'{i}.npy' for i in (0, 1, 2, 4, 5)), 'rejected.csv']
+    assert sorted(os.listdir(out)) == ['.lock', *(f'{i}.npy' for i in (0, 1, 2, 4, 5)), 'rejected.csv']
 
 
 def test_prepare_on_a_full_disk_says_so_leaves_no_litter_and_goes_on_later(tmp_path):
@@ -421,7 +470,7 @@ def test_prepare_on_a_full_disk_says_so_leaves_no_litter_and_goes_on_later(tmp_p
     full = subprocess.run(command, capture_output=True, text=True, preexec_fn=at_most(100_000))
     assert full.returncode == 1 and 'cannot be written' in full.stderr and 'goes on from here' in full.stderr
     assert 'Traceback' not in full.stderr
-    assert set(os.listdir(out)) <= {'0.npy', '1.npy', 'rejected.csv'} and not list(out.glob('*.part'))
+    assert set(os.listdir(out)) <= {'.lock', '0.npy', '1.npy', 'rejected.csv'} and not list(out.glob('*.part'))
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and np.load(out / '2.npy').shape == (512, 512), again.stderr
 
@@ -523,17 +572,18 @@ def test_no_header_value_is_written_anywhere(tmp_path, monkeypatch, capfd):
         dicom(raw / f'{i}.dcm', uid.ExplicitVRLittleEndian, SECRETS | dict(
             Rows=256, Columns=192, BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0, SamplesPerPixel=1,
             PhotometricInterpretation='MONOCHROME2', WindowCenter=128, WindowWidth=200, PatientAge='070Y',
+            RescaleSlope='12345678', RescaleIntercept=0,
             NumberOfFrames=len(example.volume), PixelData=example.volume.tobytes()))
         z, *box = example.boxes[0]
         box = ','.join(f'{v:.1f}' for v in box)
         lines.append(f"{i}.dcm,p{i},{i % 2},{box},{int(z)},{('train', 'train', 'val', 'test')[i // 2 % 4]}")
     (raw / '19.dcm').write_bytes((raw / '19.dcm').read_bytes()[:-30_000])               # cut short
+    (raw / '18.dcm').write_bytes((raw / '18.dcm').read_bytes().replace(b'12345678', b'QX4711ZZ'))   # no slope
     (raw / 'manifest.csv').write_text('\n'.join(lines) + '\n')
     (raw / 'lesions.csv').write_text('\n'.join(lines).replace('label', 'kind', 1) + '\n')
 
     mask.prepare(raw, out / 'prepared', workers=1)
-    small = ['--size', 84, '--local_size', 42, '--locals', 2, '--hidden', 64, '--bottleneck', 16, '--workers', 1]
-    here(out / 'run', '--data', raw, *small, '--steps', 3)
+    here(out / 'run', '--data', raw, *SMALL, '--workers', 1, '--steps', 3)
     shared = ['--root', raw, '--encoder', out / 'run' / 'last.pt', '--workers', 0]
     run_here(finetune, '--dataset', 'csv', '--task', 'cancer', '--head', 'linear', '--epochs', 2, '--draws', 20,
              '--cache', out / 'cache', '--out', out / 'heads', *shared)
@@ -574,5 +624,6 @@ def test_nothing_is_written_outside_the_output_folder(tmp_path):
 
 
 def test_a_few_hundred_damaged_files_of_every_kind_are_read_or_refused_in_one_line():
-    done = subprocess.run([sys.executable, ROOT / 'tests' / 'fuzz.py', '--inputs', '600'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / 'tests' / 'fuzz.py', '--inputs', '600'], capture_output=True,
+                          text=True)
     assert done.returncode == 0 and done.stdout.count('\n|') == 11, done.stdout + done.stderr
