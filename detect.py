@@ -1383,7 +1383,8 @@ def restore(cfg, out, detector, optimizer, data):
             if cfg.freeze:
                 detector.encoder.load_state_dict({k.removeprefix('backbone.'): v for k, v in state['teacher'].items()})
             detector.load_learnt(state['detector'])
-            optimizer.load_state_dict(state['optimizer'])
+            with warnings.catch_warnings(action='ignore'):  # what is odd is refused, not remarked upon
+                optimizer.load_state_dict(state['optimizer'])
         epoch, best, seen = state['epoch'], state['best'], state['data']
         if type(epoch) is not int or epoch < 0 or not isinstance(best, dict):
             raise ValueError('something else')

@@ -1747,8 +1747,8 @@ def restored(path, encoder, state):
     """-> configuration, classes, trained head and threshold of a run's checkpoint."""
     try:
         cfg, classes = resolved(replace(config_of(state['config']), workers=0, max_bad=1.0)), state['classes']
-        if not classes or not all(isinstance(name, str) for name in classes):
-            raise TypeError('classes without names')
+        if not classes or not all(isinstance(name, str) for name in classes) or cfg.size % encoder.patch:
+            raise ValueError('classes without names, or images that are not whole patches')
         if cfg.head == 'knn':
             head = Neighbours(state['head']['bank'], state['head']['labels'], len(classes), cfg.neighbours)
         else:

@@ -747,8 +747,9 @@ def restore(state, cfg, parts, watch):
     try:
         if len(state['seen']) == len(watch.seen):
             watch.seen.copy_(state['seen'])
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        with warnings.catch_warnings(action='ignore'):      # what is odd is refused, not remarked upon
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
         moments = parts['optimizer'].state.items()
         if any(m[name].shape != p.shape for p, m in moments for name in ('exp_avg', 'exp_avg_sq')):
             raise ValueError('moments of other weights')
