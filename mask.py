@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import csv
 import errno
-import fcntl
 import io
 import itertools
 import logging
@@ -47,7 +46,7 @@ from tqdm import tqdm
 PICTURES = {'.png', '.tif', '.tiff', '.pgm', '.jpg', '.jpeg'}
 DICOMS = {'.dcm', '.dicom', '.ima'}
 SUFFIXES = PICTURES | DICOMS | {'.npy'}
-MAX_PIXELS = int(os.environ.get('MAX_PIXELS', 80_000_000))      # per frame; the largest film scans have 35 million
+MAX_PIXELS = int(float(os.environ.get('MAX_PIXELS') or 8e7))     # per frame; the largest film scans have 35 million
 MAX_PAGES = 4096                    # of a TIFF, whose pages are only found one after the other
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS                             # Pillow refuses twice as many
 logging.getLogger('PIL').addHandler(logging.NullHandler())      # what it says about broken files, it raises as well
@@ -784,10 +783,10 @@ def prepare(src, dst, side=1024, workers=None):
         raise ValueError(f'{dst} lies in {src}, it would be prepared again next time; choose a folder outside')
     if side < 1 or workers is not None and workers < 1:
         raise ValueError(f'--side {side} and --workers {workers}: expected at least 1')
+    files, todo, taken, skipped, written, rejected = listing(src), [], {}, 0, 0, []
     dst.mkdir(parents=True, exist_ok=True)
     lock = claim(dst)                                       # held until the end
-    todo, taken, skipped, written, rejected = [], {}, 0, 0, []
-    for path in listing(src):
+    for path in files:
         relative = os.path.relpath(path, src)
         stem, suffix = os.path.splitext(relative)
         target = os.path.join(dst, (stem if suffix.lower() in SUFFIXES else relative) + '.npy')
@@ -827,24 +826,27 @@ def claim(folder):
     """An open file that keeps others out of the folder until it is closed or the process ends, however it ends.
     ValueError where another process holds it."""
     file = open(Path(folder) / '.lock', 'w')
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f'{folder}: another process is writing there; wait for it, or choose another folder') from None
-    except OSError:                                         # a file system without locks
-        pass
+    with contextlib.suppress(ImportError):                  # Windows has none
+        from fcntl import LOCK_EX, LOCK_NB, lockf
+        try:
+            lockf(file, LOCK_EX | LOCK_NB)                  # of this process alone: data workers do not inherit it
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f'{folder}: another process is writing there; wait for it, or choose another folder') \
+                from None
+        except OSError:                                     # a file system without locks
+            pass
     return file
 
 
 def follow_parent():
-    """For the processes of a pool: signals are their parent's affair, and they end when it does, however it does."""
+    """For the processes of a pool: Ctrl-C is their parent's affair, and they end soon after it, however it ends."""
     def watch(parent):
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # a pool ends its processes by it
     threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
 
 
@@ -856,7 +858,7 @@ def _results(todo, side, workers, ahead=64):
     """(path, why not) of each file as it is done; only `ahead` are handed out, so a million cost no memory.
 
     Where a process dies, of a decoder that crashes or for want of memory, the files at work are done again, each alone
-    in a process of its own, and the one that kills it is told."""
+    in a process of its own; the file that kills its process again is at fault."""
     todo, pool, at_work = iter(todo), _pool(workers), {}
     try:
         while True:
@@ -871,16 +873,18 @@ def _results(todo, side, workers, ahead=64):
                     reason = future.result()
                     yield at_work.pop(future)[0], reason
             except BrokenProcessPool:
+                pool.shutdown()                             # the others have ended; nobody writes these files now
                 for path, target in (*at_work.values(), *fresh):
                     yield path, _alone(path, target, side)
                 pool, at_work = _pool(workers), {}
     except KeyboardInterrupt:
         print('\nstopping after the files at work', file=sys.stderr)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)        # a second Ctrl-C would leave workers behind
+        patience = signal.signal(signal.SIGINT, signal.SIG_IGN)     # a second Ctrl-C would leave workers behind
+        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, patience)
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _alone(path, target, side):

@@ -14,6 +14,7 @@ One step, over all ranks and micro-batches:
 B images of a micro-batch, S s pixels, N patches, D width, E bottleneck, K prototypes, P slice pairs, M masked patches.
 """
 import argparse
+import atexit
 import contextlib
 import hashlib
 import itertools
@@ -377,6 +378,7 @@ class Stream:
         self.plan, self.given = (cfg, start, rank, ranks, accumulate), 0
         self.retries, self.deaths = 0, Counter()
         self.open()
+        atexit.register(self.close)                         # the workers are deaf to the way Python would end them
 
     def open(self):
         """Starts the workers at the first micro-batch that was not given yet."""
@@ -388,6 +390,10 @@ class Stream:
                                        worker_init_fn=deaf,
                                        generator=torch.Generator()))    # it would draw from the step's own numbers
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch would raise a worker's death in mid-step
+
+    def close(self):
+        """The workers end."""
+        self.batches = None
 
     def __next__(self):
         since, said = time.time(), 0
@@ -428,7 +434,7 @@ class Stream:
                     raise OSError('data workers die before they read a file, probably out of memory; lower --workers, '
                                   'then --resume')
                 self.data.deadly.add(file)
-        self.batches = None
+        self.close()
         self.open()
 
 
@@ -783,11 +789,14 @@ def diagnose(cfg, micro, terms, taught, center, device):
 def inspect(student, teacher):
     """ValueError where the teacher is not what it must be, a moving average that nothing else moves, or where weights
     are not finite. At every line of the log, and before every checkpoint, so that a good one is never replaced."""
-    for (name, ours), theirs in zip(teacher.named_parameters(), student.parameters()):
+    pairs = list(zip(teacher.named_parameters(), student.parameters()))
+    for (name, ours), theirs in pairs:
         if ours.requires_grad or ours.grad is not None or ours.data_ptr() == theirs.data_ptr():
             raise ValueError(f"the teacher's {name} learns by itself; only the moving average may move it")
-        if not (ours.isfinite().all() and theirs.isfinite().all()):
-            raise ValueError(f'weights that are not finite in {name}; the last checkpoint is good: lower --lr')
+    finite = torch.stack([ours.isfinite().all() & theirs.isfinite().all() for (_, ours), theirs in pairs]).tolist()
+    if not all(finite):                                     # asked of the GPU once
+        name = pairs[finite.index(False)][0][0]
+        raise ValueError(f'weights that are not finite in {name}; the last checkpoint is good: lower --lr')
     if teacher.training:
         raise ValueError('the teacher is in training mode')
 
@@ -936,7 +945,7 @@ class Watch:
 
 class Notice:
     """SIGTERM, a scheduler's notice, or Ctrl-C: the step is finished, a checkpoint written, and the run ends well. A
-    second Ctrl-C ends it at once."""
+    second Ctrl-C, more than a second later, ends it at once."""
 
     def __init__(self):
         self.when, self.parent = math.inf, os.getppid()
@@ -956,7 +965,7 @@ class Notice:
 
 def same_command():
     """What goes on with this run."""
-    words = sys.argv if '--resume' in sys.argv else [*sys.argv, '--resume']
+    words = [word for word in sys.argv if word not in ('--resume', '--override')] + ['--resume']
     launcher = 'python'
     if 'RANK' in os.environ:
         launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', 1)}"
@@ -1051,7 +1060,7 @@ def main(cfg):
             break
 
     bar.close()
-    stream.batches = None                                   # the workers end
+    stream.close()
     if leave and rank == 0 and step + 1 < cfg.steps:
         print(f'stopped after step {step}, as asked; this goes on: {same_command()}', flush=True)
     elif demo and rank == 0 and cfg.test_phantoms:

@@ -241,7 +241,7 @@ def read(path):
         if isinstance(error, OSError) and error.errno:      # the system's, not the archive's
             raise OSError(f'{path}: {error.strerror}') from None
         raise ValueError(f'{path}: not a checkpoint, or a damaged one ({type(error).__name__}); expected a file of '
-                         'torch.save that holds a dict of tensors') from error
+                         'torch.save, 1.6 or later, that holds a dict of tensors') from error
     return found
 
 
@@ -255,7 +255,11 @@ def _bytes(found):
             continue
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
-            total += value.nbytes
+            storage = value.untyped_storage()
+            if value.nbytes > storage.nbytes():
+                raise ValueError('one number that stands for many')
+            total += storage.nbytes() if storage.data_ptr() not in seen else 0
+            seen.add(storage.data_ptr())
         elif isinstance(value, dict):
             pending += [*value, *value.values()]
         elif isinstance(value, (list, tuple)):
@@ -390,7 +394,8 @@ def _load_grey(path):
                 np.array(Image.open(path))
         grey = np.array(grey[len(grey) // 2] if grey.ndim == 3 else grey)
     except Exception as error:
-        raise ValueError(f'{path}: not an image ({type(error).__name__})') from error
+        reason = getattr(error, 'strerror', None) or f'not an image ({type(error).__name__})'
+        raise ValueError(f'{path}: {reason}') from error
     if grey.ndim != 2 or grey.dtype != np.uint8:
         raise ValueError(f'{path}: {grey.dtype} of shape {grey.shape}; expected 8-bit grey, as '
                          '`python mask.py prepare` writes it')

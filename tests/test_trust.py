@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 import zipfile
 import zlib
@@ -94,8 +95,14 @@ def group():
 @pytest.mark.parametrize('after', [2, 4])
 def test_a_killed_run_goes_on_bit_for_bit(after, one, whole, tmp_path):
     out = tmp_path / 'run'
-    flags = (*one, '--save_every', 3, '--resume')
-    assert kill(started(pretraining(out, *flags)), lambda: logged_steps(out) >= after)
+    flags = (*one, '--workers', 2, '--save_every', 3, '--resume')
+    process = started(pretraining(out, *flags))
+    if after == 2:
+        assert kill(process, lambda: logged_steps(out) >= 2)
+    else:                                                   # its data workers are still there when it goes on
+        assert reached(process, lambda: logged_steps(out) >= 4)
+        process.kill()
+        process.wait()
     run(out, *flags)
     same_run(whole[0], out)
 
@@ -255,6 +262,7 @@ def test_a_share_that_is_away_for_a_moment_is_waited_out_and_a_file_that_is_gone
 
 
 def test_a_share_that_stays_away_is_said_with_the_files_and_given_up(folder, tmp_path, monkeypatch, capsys):
+    assert pretrain.STALL * pretrain.STALLS == 30 * 60
     monkeypatch.setattr(pretrain, 'STALL', 0.2)
     monkeypatch.setattr(pretrain, 'STALLS', 3)
     files = mask.listing(folder)
@@ -324,10 +332,13 @@ def test_another_recipe_and_other_files_need_override(folder, tmp_path):
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
-    lock = mask.claim(tmp_path)
+    code = 'import mask, sys; lock = mask.claim(sys.argv[1]); print("mine", flush=True); sys.stdin.read()'
+    other = subprocess.Popen([sys.executable, '-c', code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             cwd=ROOT, text=True)
+    assert other.stdout.readline() == 'mine\n'
     with pytest.raises(ValueError, match='another process is writing there'):
         here(tmp_path)
-    lock.close()
+    other.communicate()
     assert len(here(tmp_path)) == 7
 
 
@@ -452,11 +463,13 @@ def test_prepare_names_the_file_whose_decoder_crashes_and_prepares_the_rest(tmp_
     def crash(path, frame=0):
         if path.endswith('3.png'):
             os.kill(os.getpid(), signal.SIGKILL)
+        if path.endswith('0.png'):                          # still at work when the other dies
+            time.sleep(0.5)
         return read(path, frame)
 
     monkeypatch.setattr(mask, 'read', crash)                # handed on to the processes as they are forked
     out = tmp_path.parent / f'{tmp_path.name}-out'
-    assert mask.prepare(tmp_path, out, workers=2) == (5, 0, 1)
+    assert mask.prepare(tmp_path, out, workers=3) == (5, 0, 1)
     assert '3.png,"the process died over it' in (out / 'rejected.csv').read_text()
     assert sorted(os.listdir(out)) == ['.lock', *(f'{i}.npy' for i in (0, 1, 2, 4, 5)), 'rejected.csv']
 
