@@ -11,6 +11,7 @@ import time
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')               # tiny networks: a second thread would wait more than work
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -24,6 +25,14 @@ def write(path, lines):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'w', newline='') as file:
         csv.writer(file).writerows(line.split('|') for line in lines)
+
+
+@pytest.fixture
+def group():
+    """A process group of one, for what is called without its script."""
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def run_here(script, *argv):

@@ -12,7 +12,6 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import CASES, ROOT, run_here, run_ranks, write
 from PIL import Image
 from pydicom.dataset import FileMetaDataset
@@ -29,13 +28,6 @@ TINY = dict(size=84, width=32, depth=1, heads=2)
 
 def case(name):
     return torch.from_numpy(RETINANET[name])
-
-
-@pytest.fixture
-def group():
-    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def dicom(path, pixels):

@@ -13,7 +13,6 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import CASES, ROOT, run_here, run_ranks, write
 from pydicom.dataset import FileMetaDataset
 from pydicom.sequence import Sequence
@@ -26,13 +25,6 @@ from finetune import Config, Row, resolved
 
 cli, torchrun = partial(run_here, finetune), partial(run_ranks, 'finetune.py')
 STATS = json.loads((CASES / 'stats.json').read_text())
-
-
-@pytest.fixture
-def group():
-    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def touch(*paths):

@@ -11,7 +11,6 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import ROOT, TIMING, TINY, run, same_run, timeless
 from PIL import Image
 
@@ -36,13 +35,6 @@ def folder(tmp_path_factory):
         volume = mask.phantom(np.random.default_rng(i), slices=slices).volume
         np.save(where / f'{i}.npy', volume if slices > 1 else volume[0])
     return where
-
-
-@pytest.fixture
-def group():
-    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def slices(folder, **changes):

@@ -83,13 +83,6 @@ def folder(tmp_path):
     return where
 
 
-@pytest.fixture
-def group():
-    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 # ---- faults -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('after', [2, 4])
