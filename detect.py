@@ -1953,8 +1953,10 @@ def restored(run):
     encoder = vit.load(path)
     state = vit.read(path)
     try:
-        known = {f.name for f in fields(Config)}
-        cfg = Config(**{k: v for k, v in state['config'].items() if k in known})
+        kinds = {f.name: str(f.type).replace('float', 'float int') for f in fields(Config)}
+        cfg = Config(**{k: v for k, v in state['config'].items() if k in kinds})
+        if any(v is not None and type(v).__name__ not in kinds[k] for k, v in asdict(cfg).items()):
+            raise TypeError('values of another type')
         check(cfg, 1)
         detector = Detector(encoder, cfg.channels, cfg.dropout, cfg.freeze)
         if not isinstance(state['best'], dict):

@@ -1648,9 +1648,13 @@ def stored(folder):
 
 
 def config_of(values):
-    """The configuration in a file; lists become tuples again."""
-    known = {f.name for f in fields(Config)}
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+    """The configuration in a file; lists become tuples again. TypeError where a value is of another type."""
+    kinds = {f.name: str(f.type).replace('float', 'float int') for f in fields(Config)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in kinds}
+    wrong = [k for k, v in values.items() if v is not None and type(v).__name__ not in kinds[k]]
+    if wrong:
+        raise TypeError(f"values of another type: {', '.join(wrong)}")
+    return Config(**values)
 
 
 def compare(argv):
