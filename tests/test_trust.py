@@ -616,17 +616,24 @@ def test_no_header_value_is_written_anywhere(tmp_path, monkeypatch, capfd):
 
 
 def test_nothing_is_written_outside_the_output_folder(tmp_path):
-    """Names of files are those below the folder that was listed; links that go round end; a manifest that leads out of
-    its folder is read there, and what is written about it stays in OUT."""
-    src, dst = tmp_path / 'src', tmp_path / 'a' / 'dst'
+    """Names of files are those below the folder that was listed; links that go round end; a manifest may read outside
+    its folder and call its patients what it likes."""
+    src, root, out = tmp_path / 'src', tmp_path / 'a' / 'root', tmp_path / 'b' / 'out'
     (src / 'deep').mkdir(parents=True)
-    Image.fromarray(mask.phantom(np.random.default_rng(0)).volume[0]).save(src / 'deep' / 'x..png')
+    root.mkdir(parents=True)
+    for i in range(12):
+        Image.fromarray(mask.phantom(np.random.default_rng(i)).volume[0]).save(src / 'deep' / f'{i}..png')
     os.symlink(src, src / 'deep' / 'round')
-    os.symlink(tmp_path, src / 'up')
+    os.symlink(tmp_path / 'a', src / 'up')
+    (root / 'manifest.csv').write_text('path,patient,label\n' + ''.join(
+        f'../../src/deep/{i}..png,../../../evil{i},{i % 2}\n' for i in range(12)))
     before = set(tmp_path.rglob('*'))
-    written, _, _ = mask.prepare(src, dst, workers=1)
-    new = {path for path in tmp_path.rglob('*') if path not in before and path not in dst.parents}
-    assert written and all(path.is_relative_to(dst) for path in new), new
+    assert mask.prepare(src, out / 'prepared', workers=1) == (12, 0, 0)
+    run_here(finetune, '--dataset', 'csv', '--root', root, '--task', 'cancer', '--head', 'knn', '--neighbours', 2,
+             '--draws', 20, '--workers', 0, '--cache', out / 'cache', '--out', out / 'heads')
+    new = {path for path in tmp_path.rglob('*') if path not in before and path not in out.parents}
+    assert len(new) > 20 and all(path.is_relative_to(out) for path in new), new
+    assert not list(tmp_path.parent.glob('*evil*'))
 
 
 def test_a_few_hundred_damaged_files_of_every_kind_are_read_or_refused_in_one_line():
