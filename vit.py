@@ -229,12 +229,12 @@ def read(path):
     """
     try:
         with zipfile.ZipFile(path) as members:
-            declared = sum(member.file_size for member in members.infolist())
-            if declared <= os.path.getsize(path) and members.testzip():         # torch.load checks no sums
+            if sum(member.file_size for member in members.infolist()) > os.path.getsize(path):
+                raise ValueError('members that unpack to more than the file')
+            if members.testzip():                           # torch.load checks no sums
                 raise ValueError('bytes that have changed')
         with warnings.catch_warnings(action='ignore'):      # what is odd is refused, not remarked upon
-            fits = declared <= os.path.getsize(path)
-            found = torch.load(path, map_location='cpu', weights_only=True) if fits else None
+            found = torch.load(path, map_location='cpu', weights_only=True)
         if not isinstance(found, dict) or _bytes(found) > os.path.getsize(path):
             raise ValueError('not a dict of as many bytes as the file has')
     except Exception as error:
