@@ -25,6 +25,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 import zipfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -928,7 +929,8 @@ def cached(cfg, encoder, rows, size, amp):
 def stored_moments(place, width):
     """Moments (4, D) from the cache; None where they are not there, or damaged."""
     try:
-        value = np.load(place, mmap_mode='r', allow_pickle=False)
+        with warnings.catch_warnings(action='ignore'):
+            value = np.load(place, mmap_mode='r', allow_pickle=False)
         return np.array(value) if value.shape == (4, width) and np.isfinite(value).all() else None
     except Exception:                                       # the header is text that a parser of Python reads
         return None
