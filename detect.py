@@ -31,6 +31,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
+from inspect import cleandoc
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +50,16 @@ import vit
 
 # ---- configuration --------------------------------------------------------------------------------------------------
 
-def option(default, source, text):
-    return field(default=default, metadata=dict(source=source, help=text))
+def option(default, source, text, group=None):
+    """A field that is a flag. `group` opens a section of --help."""
+    return field(default=default, metadata=dict(source=source, help=text, group=group))
 
 
 @dataclass
 class Config:
-    """Every field is a flag. Source: [6.2.3] and the like are sections of DBT-DINO, [retinanet] is Lin 2017, [dbtex]
-    the challenge, [ours]."""
-    dataset: str = option('csv', 'ours', 'bcs, vindr, cbis, mias or csv, a list of your own')
+    """Every field is a flag. Source: [6.2.3] and the like are sections of DBT-DINO (arXiv 2512.13608), [retinanet] is
+    Lin 2017, [dbtex] the challenge, [ours]."""
+    dataset: str = option('csv', 'ours', 'bcs, vindr, cbis, mias or csv, a list of your own', group='data and run')
     root: str | None = option(None, 'ours', 'the data set as published, or a list; without it, a demo on phantoms')
     images: str | None = option(None, 'ours', 'where `mask.py prepare` put the images of --root')
     findings: tuple[str, ...] = option((), 'ours', 'the labels that count as lesions, such as Mass; all by default')
@@ -65,16 +67,16 @@ class Config:
     resume: bool = option(False, 'ours', 'go on with the run in --out, on CPU bit for bit')
     encoder: str = option('runs/demo/last.pt', 'ours', 'a checkpoint of ours or the official DINOv2 file')
     random_encoder: bool = option(False, 'ours', 'fresh weights in the shape of --encoder, the row to beat')
-    freeze: bool = option(True, '2.4', 'train the detector alone; --no-freeze trains the encoder with it')
+    freeze: bool = option(True, '2.4', 'the encoder stays as it is; --no-freeze trains it with the detector')
     seed: int = option(0, 'ours', 'splits that are not given, weights, order, augmentation, bootstrap')
-    # images
-    size: int = option(518, '6.2.3', 'pixels of the squashed image, a multiple of 14')
+
+    size: int = option(518, '6.2.3', 'pixels of the squashed image, a multiple of 14', group='images')
     augment: bool = option(True, '6.2.3', 'flips, zoom, coarse dropout, gamma, noise')
     normals: float = option(1.0, 'ours', 'normal slices drawn in an epoch for each annotated one')
     workers: int = option(min(4, os.cpu_count() or 1), 'ours', 'data processes per rank')
     max_bad: float = option(0.05, 'ours', 'stop above this share of unusable files')
-    # detector
-    channels: int = option(256, '6.2.3', 'width of the pyramid and of the towers, a multiple of 32')
+
+    channels: int = option(256, '6.2.3', 'width of the pyramid and of the towers, a multiple of 32', group='detector')
     dropout: float = option(0.1, '6.2.3', 'before the last layer, half of it between the others')
     high: float = option(0.5, 'retinanet', 'an anchor of this IoU or more with a lesion is positive')
     low: float = option(0.4, 'retinanet', 'below this it is background, between the two it is ignored')
@@ -86,35 +88,45 @@ class Config:
     top: int = option(50, 'ours', 'boxes kept in a slice, and findings in a volume')
     overlap: float = option(0.5, 'ours', 'boxes of neighbouring slices that share this much of the smaller one are one')
     gap: int = option(1, 'ours', 'slices from one box of a finding to the next, at most')
-    # optimization
-    epochs: int = option(50, '6.2.3', 'at most; 0 scores an untrained detector')
+
+    epochs: int = option(50, '6.2.3', 'at most; 0 scores an untrained detector', group='optimization')
     patience: int = option(10, '6.2.3', 'epochs without a better validation before training stops')
     batch: int = option(64, '6.2.3', 'slices per step, over all ranks')
     micro_batch: int = option(8, 'ours', 'slices per rank at once, the rest is accumulated')
     lr: float = option(5e-4, 'ours', 'peak learning rate')
     wd: float = option(1e-4, 'ours', 'weight decay')
-    layer_decay: float = option(0.75, 'ours', '--no-freeze: learning rate factor per block below the top')
+    layer_decay: float = option(0.75, 'ours', 'with --no-freeze: learning rate factor per block below the top')
     clip: float = option(1.0, 'ours', 'gradient norm at most')
     search: int = option(0, '6.2.3', 'random trials over the ranges of the paper, the best on validation; 200 there')
     amp: bool | None = option(None, '6.2.3', 'bf16 autocast; by default on GPUs only')
-    # scores
-    min_distance: float = option(100.0, 'dbtex', 'pixels of the file between centres that are a hit at any lesion size')
+
+    min_distance: float = option(100.0, 'dbtex', 'pixels of the file between centres that are a hit at any lesion size',
+                                 group='scores')
     draws: int = option(1000, '2.5', 'bootstrap draws of patients')
-    phantoms: int = option(300, 'ours', 'demo: volumes, of which 65 % train, 10 % choose and 25 % test')
+
+    phantoms: int = option(300, 'ours', 'volumes, of which 65 % train, 10 % choose and 25 % test', group='demo')
 
 
 def parse(config, argv, demo=None, source='data'):
     """Flags -> config. `demo` replaces the defaults where the flag `source`, which names the data, is not given."""
-    parser = argparse.ArgumentParser(usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = group = argparse.ArgumentParser(
+        usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
+        description=sys.modules[config.__module__].__doc__, epilog=cleandoc(config.__doc__),
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=118))
     for f in fields(config):
-        text = f"{f.metadata['help']} [{f.metadata['source']}] (default: {f.default})".replace('%', '%%')
+        if f.metadata['group']:
+            group = parser.add_argument_group(f.metadata['group'])
+        several = isinstance(f.default, tuple)
+        shown = ' '.join(map(str, f.default)) if several else '' if f.default is None else str(f.default)
+        text = f"{f.metadata['help']} [{f.metadata['source']}]{shown and f' (default: {shown})'}".replace('%', '%%')
         kind = next((t for t in (bool, int, float) if t.__name__ in str(f.type)), str)
         if kind is bool:
-            parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
+            group.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
         else:
-            many = '+' if '...' in str(f.type) else len(f.default) if isinstance(f.default, tuple) else None
-            parser.add_argument(f'--{f.name}', type=kind, nargs=many, help=text)
+            many = '+' if '...' in str(f.type) else len(f.default) if several else None
+            group.add_argument(f'--{f.name}', type=kind, nargs=many, help=text,
+                               metavar={int: 'N', float: 'X', str: 'S'}[kind])
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     return config(**({} if source in given else demo or {}) | given)
 

@@ -30,6 +30,8 @@ import zipfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
+from inspect import cleandoc
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -50,40 +52,48 @@ import vit
 
 # ---- configuration --------------------------------------------------------------------------------------------------
 
-def option(default, source, text):
-    return field(default=default, metadata=dict(source=source, help=text))
+def option(default, source, text, group=None):
+    """A field that is a flag. `group` opens a section of --help."""
+    return field(default=default, metadata=dict(source=source, help=text, group=group))
 
 
 @dataclass
 class Config:
-    """Every field is a flag. None is filled in by `resolved`. Source: [paper] MammoDINO, [dbt-dino], [ours]."""
-    dataset: str = option('csv', 'paper 3.3', 'rsna, vindr, ddsm, cmmd, cesm, mias or csv, a manifest of your own')
+    """Every field is a flag; those without a default follow from data set, task and head. Source: [paper] MammoDINO,
+    [dbt-dino] arXiv 2512.13608, [ours]."""
+    dataset: str = option('csv', 'paper 3.3', 'rsna, vindr, ddsm, cmmd, cesm, mias or csv, a manifest of your own',
+                          group='data')
     root: str | None = option(None, 'ours', 'the data set as published, or a manifest; without it, a demo on phantoms')
     images: str | None = option(None, 'ours', 'where `mask.py prepare` put the images of --root')
     task: str = option('cancer', 'paper 3.3', 'cancer, lesion, lesion_type, birads, density or risk')
-    out: str = option('runs/finetune', 'ours', 'folder of this run; one that holds a run is refused')
-    encoder: str = option('runs/demo/last.pt', 'ours', 'a checkpoint of ours or the official DINOv2 file')
+    cancer_rule: str | None = option(None, 'ours', 'vindr: birads5 or birads45 is cancer; cmmd: unlisted is none')
+    classes: tuple[str, ...] = option((), 'ours', 'csv: the names of the labels in order, the negative first')
+    level: str | None = option(None, 'ours', 'image, breast or exam; by data set and task')
+
+    encoder: str = option('runs/demo/last.pt', 'ours', 'a checkpoint of ours or the official DINOv2 file',
+                          group='encoder and head')
     dinov2: str | None = option(None, 'paper 3.3', 'the official DINOv2 file, for a row of its own')
     head: str = option('linear', 'ours', 'mlp (MammoDINO), linear, hazard (DBT-DINO) or knn')
     pool: str | None = option(None, 'dbt-dino 3.1', 'cls_mean, cls_mean_std, patch_mean, patch_mean_std; by head')
-    level: str | None = option(None, 'ours', 'image, breast or exam; by data set and task')
     freeze: bool | None = option(None, 'dbt-dino 6.2', 'train the head alone, on cached features; all but mlp do')
-    cancer_rule: str | None = option(None, 'ours', 'vindr: birads5 or birads45 is cancer; cmmd: unlisted is none')
-    classes: tuple[str, ...] = option((), 'ours', 'csv: the names of the labels in order, the negative first')
-    subgroup: str | None = option(None, 'dbt-dino 3.3', 'a table by this column of the label file, such as age')
-    fraction: tuple[float, ...] = option((1.0,), 'dbt-dino 3.2', 'shares of the training patients, a result for each')
+    hidden: int = option(512, 'ours', 'width of the two hidden layers of the mlp')
+    standardize: bool = option(True, 'ours', 'frozen features to mean 0 and deviation 1 over the training units')
+    balance: bool = option(True, 'dbt-dino 4.4', 'every class weighs the same in the loss')
+    neighbours: int = option(10, 'ours', 'k of knn')
+
+    out: str = option('runs/finetune', 'ours', 'folder of this run; one that holds a run is refused', group='the run')
+    cache: str = option('runs/features', 'dbt-dino 6.2.1', 'frozen features, keyed by file and weights')
     seed: int = option(0, 'ours', 'split, head, order, bootstrap')
-    draws: int = option(1000, 'dbt-dino 2.5', 'bootstrap draws of patients')
-    # images
-    size: int = option(0, 'paper 3.2', 'pixels of the squashed image; 0 is the side the encoder was trained on, 518')
-    slices: int = option(0, 'dbt-dino 6.2', 'slices read of a volume, evenly spaced; 0: all, or 4 when finetuning')
-    chunk: int = option(75, 'dbt-dino 6.2.1', 'images through the encoder at once')
     workers: int = option(min(4, os.cpu_count() or 1), 'ours', 'data processes per rank')
     max_bad: float = option(0.05, 'ours', 'stop above this share of unusable files, from 100 files on')
-    cache: str = option('runs/features', 'dbt-dino 6.2.1', 'frozen features, keyed by file and weights')
     amp: bool | None = option(None, 'dbt-dino 6.2.1', 'bf16 autocast of the encoder; by default on GPUs only')
-    # optimization
-    epochs: int | None = option(None, 'dbt-dino 6.2', '75, hazard 100, mlp 30')
+
+    size: int = option(0, 'paper 3.2', 'pixels of the squashed image; 0 is the side the encoder was trained on, 518',
+                       group='images')
+    slices: int = option(0, 'dbt-dino 6.2', 'slices read of a volume, evenly spaced; 0: all, or 4 when finetuning')
+    chunk: int = option(75, 'dbt-dino 6.2.1', 'images through the encoder at once')
+
+    epochs: int | None = option(None, 'dbt-dino 6.2', '75, hazard 100, mlp 30', group='optimization')
     batch: int = option(64, 'dbt-dino 6.2', 'units per step, over all ranks')
     micro_batch: int = option(8, 'ours', 'finetuning: units per rank at once, the rest is accumulated')
     lr: float | None = option(None, 'ours', 'peak: 1e-3, hazard 3e-4, finetuning 1e-4')
@@ -91,11 +101,13 @@ class Config:
     wd: float = option(1e-4, 'dbt-dino 6.2', 'weight decay')
     layer_decay: float = option(0.75, 'ours', 'finetuning: learning rate factor per block below the top')
     clip: float = option(1.0, 'ours', 'gradient norm at most')
-    hidden: int = option(512, 'ours', 'width of the two hidden layers of the mlp')
-    standardize: bool = option(True, 'ours', 'frozen features to mean 0 and deviation 1 over the training units')
-    balance: bool = option(True, 'dbt-dino 4.4', 'every class weighs the same in the loss')
-    neighbours: int = option(10, 'ours', 'k of knn')
-    phantoms: int = option(700, 'ours', 'demo: breasts, of which 45 % train, 15 % choose and 40 % test')
+    fraction: tuple[float, ...] = option((1.0,), 'dbt-dino 3.2', 'shares of the training patients, a result for each')
+
+    subgroup: str | None = option(None, 'dbt-dino 3.3', 'a table by this column of the label file, such as age',
+                                  group='scores')
+    draws: int = option(1000, 'dbt-dino 2.5', 'bootstrap draws of patients')
+
+    phantoms: int = option(700, 'ours', 'breasts, of which 45 % train, 15 % choose and 40 % test', group='demo')
 
 
 TASKS = ('cancer', 'lesion', 'lesion_type', 'birads', 'density', 'risk')
@@ -110,16 +122,24 @@ RECIPES = dict(mlp=dict(pool='cls_mean', freeze=False, epochs=30, lr=1e-3, rates
 
 def parse(config, argv, demo=None, source='data'):
     """Flags -> config. `demo` replaces the defaults where the flag `source`, which names the data, is not given."""
-    parser = argparse.ArgumentParser(usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = group = argparse.ArgumentParser(
+        usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
+        description=sys.modules[config.__module__].__doc__, epilog=cleandoc(config.__doc__),
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=118))
     for f in fields(config):
-        text = f"{f.metadata['help']} [{f.metadata['source']}] (default: {f.default})".replace('%', '%%')
+        if f.metadata['group']:
+            group = parser.add_argument_group(f.metadata['group'])
+        several = isinstance(f.default, tuple)
+        shown = ' '.join(map(str, f.default)) if several else '' if f.default is None else str(f.default)
+        text = f"{f.metadata['help']} [{f.metadata['source']}]{shown and f' (default: {shown})'}".replace('%', '%%')
         kind = next((t for t in (bool, int, float) if t.__name__ in str(f.type)), str)
         if kind is bool:
-            parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
+            group.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
         else:
-            many = '+' if '...' in str(f.type) else len(f.default) if isinstance(f.default, tuple) else None
-            parser.add_argument(f'--{f.name}', type=kind, nargs=many, help=text)
+            many = '+' if '...' in str(f.type) else len(f.default) if several else None
+            group.add_argument(f'--{f.name}', type=kind, nargs=many, help=text,
+                               metavar={int: 'N', float: 'X', str: 'S'}[kind])
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     return config(**({} if source in given else demo or {}) | given)
 

@@ -36,6 +36,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from functools import partial
+from inspect import cleandoc
 from pathlib import Path
 
 import numpy as np
@@ -54,18 +56,20 @@ import vit
 
 # ---- configuration ------------------------------------------------------------------------------------------------
 
-def option(default, source, text):
-    return field(default=default, metadata=dict(source=source, help=text))
+def option(default, source, text, group=None):
+    """A field that is a flag. `group` opens a section of --help."""
+    return field(default=default, metadata=dict(source=source, help=text, group=group))
 
 
 @dataclass
 class Config:
     """Every field is a flag. Source: [paper] MammoDINO, [dbt-dino] arXiv 2512.13608, [dinov2] its released
     ssl_default_config.yaml (the one that centres, as the paper does), [ours] a choice of this repository."""
-    data: str | None = option(None, 'ours', 'folder of mammograms; without it, a short demo on phantoms')
+    data: str | None = option(None, 'ours', 'folder of mammograms; without it, a short demo on phantoms',
+                              group='the run')
     out: str = option('runs/pretrain', 'ours', 'folder of this run')
     init: str | None = option(None, 'dbt-dino 2.3', 'start from the official DINOv2 file or a checkpoint of ours; '
-                                                    'then lower --lr')
+                                                    'with --lr 0.0002')
     resume: bool = option(False, 'ours', 'go on from OUT/last.pt, or start where there is none')
     override: bool = option(False, 'ours', 'with --resume: go on although the recipe or the files have changed')
     seed: int = option(0, 'ours', 'a sample is a function of (seed, epoch, index)')
@@ -76,11 +80,11 @@ class Config:
     max_bad: float = option(0.05, 'ours', 'stop above this share of files with an unusable frame, from 100 files on')
     amp: bool | None = option(None, 'ours', 'bf16 autocast; by default on GPUs only')
     deterministic: bool = option(False, 'ours', 'on GPUs: only kernels that add in a fixed order; slower')
-    # optimization
-    steps: int = option(300_000, 'paper 3.2', 'optimizer steps')
+
+    steps: int = option(300_000, 'paper 3.2', 'optimizer steps', group='optimization')
     batch: int = option(128, 'paper 3.2', 'images per step, over all ranks')
     micro_batch: int = option(16, 'ours', 'images per rank at once, the rest is accumulated; 128 on eight GPUs')
-    lr: float = option(0.004, 'dinov2', 'peak for a batch of 1024, scaled by sqrt(batch / 1024)')
+    lr: float = option(0.004, 'dinov2', 'peak for a batch of 1024, scaled by sqrt(batch / 1024); the first to lower')
     lr_end: float = option(1e-6, 'dinov2', 'the cosine ends here')
     warmup: int = option(12_500, 'dinov2', 'steps of linear warm-up')
     layer_decay: float = option(0.9, 'dinov2', 'learning rate factor per block below the top')
@@ -88,45 +92,45 @@ class Config:
     wd_end: float = option(0.20, 'paper 3.2', 'weight decay at the end, by cosine')
     clip: float = option(3.0, 'dinov2', 'gradient norm at most, backbone and head apart')
     freeze_last_layer: int = option(1250, 'dinov2', 'steps for which the prototypes do not move')
-    # encoder and head
-    size: int = option(518, 'paper 3.2', 'pixels of a global crop, and of the position grid')
+
+    size: int = option(518, 'paper 3.2', 'pixels of a global crop, and of the position grid', group='encoder and head')
     patch: int = option(14, 'paper 3.2', 'pixels of a patch')
-    width: int = option(768, 'paper 3.2', 'ViT-B')
-    depth: int = option(12, 'paper 3.2', 'ViT-B')
-    heads: int = option(12, 'paper 3.2', 'ViT-B')
-    registers: int = option(0, 'dinov2', 'register tokens')
-    drop_path: float = option(0.3, 'dinov2', 'stochastic depth of the student')
-    layerscale: float = option(1e-5, 'dinov2', 'initial LayerScale')
-    prototypes: int = option(65_536, 'dinov2', 'K')
+    width: int = option(768, 'paper 3.2', 'channels; ViT-B has 768, 12, 12')
+    depth: int = option(12, 'paper 3.2', 'blocks')
+    heads: int = option(12, 'paper 3.2', 'heads of attention')
+    registers: int = option(0, 'dinov2', 'register tokens; 4 in the files with registers')
+    drop_path: float = option(0.3, 'dinov2', 'stochastic depth of the student; 0 for a small network')
+    layerscale: float = option(1e-5, 'dinov2', 'initial LayerScale; 1 for a small network or a short run')
+    prototypes: int = option(65_536, 'dinov2', 'K; thousands do for ten thousand images')
     hidden: int = option(2048, 'dinov2', 'width of the head')
     bottleneck: int = option(256, 'dinov2', 'width before the prototypes')
-    # tissue-aware views
+
     percentile: float | None = option(None, 'ours', 'tau of the tissue mask as in paper 2.2; without it the mask '
-                                                    'tunes itself')
+                                                    'tunes itself', group='tissue-aware views')
     kernel: int = option(9, 'paper 2.2', 'pixels of closing and opening; the self-tuning mask divides them by '
                                          'its reduction')
-    min_coverage: float = option(0.3, 'ours', 'rho, for crops and mask pieces')
-    locals: int = option(8, 'dinov2', 'local crops')
+    min_coverage: float = option(0.3, 'ours', 'rho, least share of tissue in a crop or mask piece; `relaxed` is logged')
+    locals: int = option(8, 'dinov2', 'local crops of an image')
     local_size: int = option(196, 'dbt-dino 6.1', 'pixels of a local crop')
-    global_scale: tuple[float, float] = option((0.5, 1.0), 'dbt-dino 6.1', 'share of the image in a global crop')
-    local_scale: tuple[float, float] = option((0.2, 0.5), 'dbt-dino 6.1', 'share of the image in a local crop')
+    global_scale: tuple[float, float] = option((0.5, 1.0), 'dbt-dino 6.1', 'share of the area in a global crop')
+    local_scale: tuple[float, float] = option((0.2, 0.5), 'dbt-dino 6.1', 'the same of a local crop')
     jitter: float = option(0.8, 'dinov2', 'probability of brightness and contrast')
     brightness: float = option(0.4, 'dinov2', 'factor 1 +- this')
     contrast: float = option(0.4, 'dinov2', 'factor 1 +- this, about the mean of the view')
     blurs: tuple[float, float, float] = option((1.0, 0.1, 0.5), 'dinov2', 'probability of blur: global 1, 2, locals')
     solarizes: float = option(0.2, 'dinov2', 'probability of solarization, second global crop')
     mask_prob: float = option(0.5, 'dinov2', 'probability that a global crop is masked')
-    mask_ratio: tuple[float, float] = option((0.1, 0.5), 'dinov2', 'share of patches masked')
+    mask_ratio: tuple[float, float] = option((0.1, 0.5), 'dinov2', 'least and largest share of patches masked')
     mask_min: int = option(4, 'dinov2', 'm_min, patches of the smallest piece')
     mask_max: float = option(0.5, 'dinov2', 'm_max, share of the grid of the largest piece')
     tissue_weight: float = option(1.0, 'ours', 'w_t in pi = w_t r + eps')
     mask_eps: float = option(1e-3, 'ours', 'eps in pi = w_t r + eps')
-    d_max: int = option(4, 'paper Fig. 1', 'D_max; 4 is the offset drawn there')
+    d_max: int = option(4, 'paper Fig. 1', 'D_max, slices between the two of a pair at most; 4 is drawn there')
     volume_items: bool = option(False, 'ours', 'an epoch takes one random slice per volume instead of all')
-    blind_crops: bool = option(False, 'paper 3.4', 'ablation: crops as in DINOv2')
-    blind_masks: bool = option(False, 'paper 3.4', 'ablation: masks blind to tissue')
-    # losses
-    image_weight: float = option(1.0, 'dinov2', 'lambda_1 of DINO-M')
+    blind_crops: bool = option(False, 'paper 3.4', 'crops as in DINOv2, for the ablation')
+    blind_masks: bool = option(False, 'paper 3.4', 'masks blind to tissue, for the ablation')
+
+    image_weight: float = option(1.0, 'dinov2', 'lambda_1 of DINO-M', group='losses')
     patch_weight: float = option(1.0, 'dinov2', 'lambda_2 of iBOT-M')
     slice_weight: float = option(0.1, 'ours', 'lambda_3 of DINO-adj; 0 is the ablation without it')
     koleo_weight: float = option(0.1, 'dinov2', 'lambda_4 of KoLeo')
@@ -136,9 +140,9 @@ class Config:
     teacher_temp_steps: int = option(37_500, 'dinov2', 'steps of linear rise to tau_t')
     momentum: float = option(0.992, 'dinov2', 'of the teacher, rising to 1 by cosine')
     center_momentum: float = option(0.9, 'dinov2', 'of the centres')
-    # demo
-    phantoms: int = option(256, 'ours', 'demo: breasts to train on, every third a DBT volume')
-    test_phantoms: int = option(320, 'ours', 'demo: unseen breasts to test on; 0 skips the test')
+
+    phantoms: int = option(256, 'ours', 'breasts to train on, every third a DBT volume', group='demo')
+    test_phantoms: int = option(320, 'ours', 'unseen breasts to test on; 0 skips the test')
 
 
 DEMO = dict(out='runs/demo', workers=0, save_every=10_000, steps=330, batch=16, micro_batch=16, lr=0.0113, warmup=33,
@@ -151,16 +155,24 @@ DEMO = dict(out='runs/demo', workers=0, save_every=10_000, steps=330, batch=16, 
 
 def parse(config, argv, demo=None, source='data'):
     """Flags -> config. `demo` replaces the defaults where the flag `source`, which names the data, is not given."""
-    parser = argparse.ArgumentParser(usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = group = argparse.ArgumentParser(
+        usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
+        description=sys.modules[config.__module__].__doc__, epilog=cleandoc(config.__doc__),
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=118))
     for f in fields(config):
-        text = f"{f.metadata['help']} [{f.metadata['source']}] (default: {f.default})".replace('%', '%%')
+        if f.metadata['group']:
+            group = parser.add_argument_group(f.metadata['group'])
+        several = isinstance(f.default, tuple)
+        shown = ' '.join(map(str, f.default)) if several else '' if f.default is None else str(f.default)
+        text = f"{f.metadata['help']} [{f.metadata['source']}]{shown and f' (default: {shown})'}".replace('%', '%%')
         kind = next((t for t in (bool, int, float) if t.__name__ in str(f.type)), str)
         if kind is bool:
-            parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
+            group.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
         else:
-            many = '+' if '...' in str(f.type) else len(f.default) if isinstance(f.default, tuple) else None
-            parser.add_argument(f'--{f.name}', type=kind, nargs=many, help=text)
+            many = '+' if '...' in str(f.type) else len(f.default) if several else None
+            group.add_argument(f'--{f.name}', type=kind, nargs=many, help=text,
+                               metavar={int: 'N', float: 'X', str: 'S'}[kind])
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     return config(**({} if source in given else demo or {}) | given)
 

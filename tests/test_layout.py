@@ -52,6 +52,16 @@ def test_the_scripts_share_their_plumbing_word_for_word():
         assert len(copies) <= 1, f'{name} differs between the scripts'
 
 
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_help_shows_the_docstring_and_every_flag_with_its_source_in_groups(script):
+    done = subprocess.run([sys.executable, ROOT / f'{script}.py', '--help'], capture_output=True, text=True)
+    assert done.returncode == 0 and ast.get_docstring(ast.parse(source(script))).splitlines()[0] in done.stdout
+    for name in re.findall(r'^    (\w+): .*option\(', source(script), re.M):
+        assert re.search(rf'^  --{name}\b[^[]*\[[^]]+\]', done.stdout, re.M | re.S), name
+    for group in re.findall(r"group='([^']+)'\)$", source(script), re.M):
+        assert f'\n{group}:\n' in done.stdout
+
+
 def test_the_readme_names_only_what_exists():
     readme = (ROOT / 'README.md').read_text()
     named = re.findall(r'\b(mask|sampler|vit|losses|pretrain|finetune|detect)\.py:(\w+)', readme)
