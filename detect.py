@@ -11,7 +11,8 @@ A slice, squashed to S x S pixels, becomes patch tokens of a frozen or finetuned
 each of A anchors a logit and four deltas. The boxes of all slices of a volume merge into findings, which go back to
 the pixels of the file and into predictions.csv.
 
-B images, S pixels of a side, D width, C channels, A anchors, G lesions, P predictions; boxes are x0 y0 x1 y1.
+B images, S pixels of a side, g g token grid, D width, C channels, A anchors, G lesions, P predictions, V volumes, K H W
+size of a file; boxes are x0 y0 x1 y1, rows of predictions and truth x y w h.
 """
 import argparse
 import contextlib
@@ -77,7 +78,7 @@ class Config:
     max_bad: float = option(0.05, 'ours', 'stop above this share of unusable files')
 
     channels: int = option(256, '6.2.3', 'width of the pyramid and of the towers, a multiple of 32', group='detector')
-    dropout: float = option(0.1, '6.2.3', 'before the last layer, half of it between the others')
+    dropout: float = option(0.1, '6.2.3', 'channels dropped before the last layer, half as many before the others')
     high: float = option(0.5, 'retinanet', 'an anchor of this IoU or more with a lesion is positive')
     low: float = option(0.4, 'retinanet', 'below this it is background, between the two it is ignored')
     alpha: float = option(0.25, 'retinanet', 'focal loss: weight of the positives')
@@ -280,8 +281,8 @@ def match(boxes, anchors, high=0.5, low=0.4):
     """Which lesion each anchor answers for: boxes (G, 4), anchors (A, 4) -> (A,), its number, -1 for background (best
     IoU below `low`), -2 for ignored (between).
 
-    The best anchors of a lesion are positive however low their IoU, each for the lesion that it fits best itself. A
-    box that overlaps no anchor matches none: without that clause its best IoU, 0, would be a tie of all of them.
+    The anchors that fit a lesion best are positive even below `low`, or small lesions would have none; each answers for
+    the lesion that fits it best. `most > 0`: a lesion that touches no anchor would tie with all of them at 0.
     """
     if not len(boxes):
         return torch.full((len(anchors),), -1, device=anchors.device)
@@ -305,10 +306,11 @@ def nms(boxes, scores, iou=0.5, top=None):
 # ---- the detector (DBT-DINO 6.2.3) ----------------------------------------------------------------------------------
 
 class Pyramid(nn.Module):
-    """The paper's neck: patch tokens (B, n n, D) -> four levels (B, C, cells, cells).
+    """The paper's neck: patch tokens (B, g g, D) -> four levels (B, C, cells, cells).
 
-    A simple pyramid, made of the last grid alone, and not a top-down FPN: that one carries meaning from coarse maps
-    down to fine ones, of which a plain ViT has none; its tokens mean the same at every depth of the pyramid.
+    The paper calls it a feature pyramid network and describes the simple pyramid of ViTDet (Li 2022): every level is
+    made from the last token grid. A top-down path would add coarse maps of much meaning to fine ones of little; a plain
+    ViT has one map, which means the same at every level.
     """
 
     def __init__(self, width, channels):
@@ -319,7 +321,7 @@ class Pyramid(nn.Module):
 
     def forward(self, tokens):
         side = math.isqrt(tokens.shape[1])
-        x = self.reduce(tokens).transpose(1, 2).unflatten(2, (side, side))              # (B, C, n, n)
+        x = self.reduce(tokens).transpose(1, 2).unflatten(2, (side, side))              # (B, C, g, g)
         finer = F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=False)
         p5 = self.p5(F.max_pool2d(x, 2))
         return [self.p3(finer), self.p4(x), p5, self.p6(p5)]
@@ -327,8 +329,9 @@ class Pyramid(nn.Module):
 
 class Tower(nn.Module):
     """Four times 3x3 convolution, GroupNorm, ReLU, dropout; then the 3x3 convolution that answers, shared by all
-    levels: (B, C, h, w) -> (B, outputs, h, w). It answers in fp32, since half precision has too few numbers to tell
-    thousands of small scores apart."""
+    levels: (B, C, h, w) -> (B, outputs, h, w). Whole channels are dropped, at half the rate in the first three, as in
+    the paper's code. It answers in fp32, since half precision has too few numbers to tell thousands of small scores
+    apart."""
 
     def __init__(self, channels, outputs, dropout):
         super().__init__()
@@ -356,7 +359,7 @@ class Detector(nn.Module):
         self.pyramid = Pyramid(encoder.config['width'], channels)
         self.classify = Tower(channels, shapes, dropout)
         self.regress = Tower(channels, 4 * shapes, dropout)
-        nn.init.constant_(self.classify.answer.bias, -math.log((1 - 0.01) / 0.01))      # every anchor starts at 0.01
+        nn.init.constant_(self.classify.answer.bias, -math.log((1 - 0.01) / 0.01))      # scores start at 0.01
         encoder.requires_grad_(not freeze)
         encoder.mask_token.requires_grad_(False)            # nothing is masked here; DDP waits for every gradient
 
@@ -369,7 +372,7 @@ class Detector(nn.Module):
     def forward(self, images):
         """(B, 1, S, S) -> (B, A), (B, A, 4), both fp32"""
         with contextlib.nullcontext() if not self.freeze else torch.no_grad():
-            tokens = self.encoder(images)[1]                                            # (B, N, D)
+            tokens = self.encoder(images)[1]                                            # (B, g g, D)
         logits, deltas = [], []
         for level in self.pyramid(tokens):                                              # (B, C, h, w)
             logits.append(self.classify(level).permute(0, 2, 3, 1).flatten(1))          # (B, h w 9)
@@ -401,8 +404,10 @@ def focal_loss(logits, targets, alpha=0.25, gamma=2.0):
 
 
 def losses(cfg, logits, deltas, batch, anchors):
-    """Sums over a micro-batch: focal loss over all anchors but the ignored, smooth L1 (beta 0.1) over the positives.
-    logits (B, A), deltas (B, A, 4), batch['match'] (B, A) as `match` gives it, batch['boxes'] a list of (G, 4)."""
+    """Sums over a micro-batch: focal loss over all anchors but the ignored, smooth L1 over the positives (6.2.3; its
+    beta is not given, 0.1 is ours: most deltas are small). Smoothing moves the positives alone, or 65,000 negatives at
+    half of it would drown them. logits (B, A), deltas (B, A, 4), batch['match'] (B, A) as `match` gives it,
+    batch['boxes'] a list of (G, 4)."""
     match = batch['match'].to(logits.device)
     positive, counted = match >= 0, match != -2
     focal = focal_loss(logits[counted], (1 - cfg.smoothing) * positive[counted], cfg.alpha, cfg.gamma)
@@ -431,8 +436,8 @@ def boxes_of(logits, deltas, anchors, size, iou=0.1, top=50, per_level=500):
 
 
 def grouped(boxes, scores, slices, overlap=0.5, gap=1):
-    """Which boxes of a volume are one finding -> their numbers, the best box first, best finding first, and
-    the first and last slice of each.
+    """Which boxes of a volume are one finding: (numbers of its boxes, the best first; first slice; last slice) of each,
+    the best finding first. The rule is ours; 2.4 says only that slices are aggregated to the volume.
 
     The best box that is left starts a finding; boxes that share at least `overlap` of the smaller area with it are at
     its place. From its slice up and down, the finding reaches as far as boxes at its place with half its score or
@@ -476,11 +481,12 @@ def merged(boxes, scores, slices, overlap, gap):
     return np.array(rows, float).reshape(-1, 8)
 
 
-# ---- the score (DBTex challenge, and the two papers beside DBT-DINO) ------------------------------------------------
+# ---- the score: FROC (DBTex), FAUC (FFDM and SM, fused), AP and top-1 (IHRRB-DINO) -----------------------------------
 
 @dataclass
 class Matched:
-    """Predictions against lesions, P and G of them, in V images or volumes."""
+    """Predictions against lesions, P and G of them, in V images or volumes. What counts how often, as in a bootstrap
+    draw, is said by weights (V + 1,): one for each volume, the last for predictions in volumes that are not listed."""
     score: np.ndarray           # (P,)
     lesion: np.ndarray          # (P,) the lesion that was hit, -1 for none
     volume: np.ndarray          # (P,) number of the volume, -1 for one that is not listed
@@ -489,11 +495,11 @@ class Matched:
     volumes: int                # V
 
     def each(self):
-        """Weight 1 for each volume, and for predictions in no listed volume, at -1: false positives all the same."""
+        """Every volume once; predictions in no listed volume are false positives all the same."""
         return np.ones(self.volumes + 1)
 
     def ill(self, weight=None):
-        """The weights of the volumes that hold a lesion; 0 for the others and the unlisted."""
+        """`weight`, or 1, for the volumes that hold a lesion; 0 for the others and the unlisted."""
         held = np.bincount(self.home, minlength=self.volumes + 1) > 0
         return held * (self.each() if weight is None else weight)
 
@@ -513,12 +519,12 @@ def matched(volumes, truth, predictions, min_distance=100):
         if row[0] not in number:
             raise ValueError(f'a lesion lies in {row[0]}, which is not among the volumes')
         lesions[row[0]].append(g)
-    for name, x, y, w, h, *depth, _ in predictions:
+    for name, x, y, w, h, *extent, _ in predictions:        # extent: z and depth
         nearest, least = -1, math.inf
         for g in lesions.get(name, ()):
             _, gx, gy, gw, gh, *z = truth[g]
             dx, dy = x + w / 2 - gx - gw / 2, y + h / 2 - gy - gh / 2
-            dz = depth[0] + depth[1] / 2 - z[0] if z else 0.0
+            dz = extent[0] + extent[1] / 2 - z[0] if z else 0.0
             reached = math.hypot(dx, dy) <= max(math.hypot(gw, gh) / 2, min_distance)
             if reached and (not z or abs(dz) <= slices[name] / 4) and math.hypot(dx, dy, dz) < least:
                 nearest, least = g, math.hypot(dx, dy, dz)
@@ -533,16 +539,19 @@ def matched(volumes, truth, predictions, min_distance=100):
 
 
 def curve(m, weight, every=False):
-    """FROC: thresholds from high to low, false positives per volume and sensitivity at each, (n,) three times. Volumes
-    count `weight` (V + 1,) times, as in a bootstrap draw. The challenge's thresholds are the scores of hits, and one
-    above and one below all scores; `every` score is one for the step rule. Further hits on a lesion are neither true
-    nor false positives. No volume or no lesion gives NaN."""
+    """FROC: thresholds from high to low, false positives per volume and sensitivity at each, (n,) three times.
+
+    The challenge puts its thresholds at the scores of hits and one beyond each end; `every` puts one at each score, for
+    areas under a step curve. A volume counts as often as its `weight` says. Further hits on a lesion are neither true
+    nor false positives. NaN where no volume or no lesion counts.
+    """
     seen = weight[m.volume] > 0
     score, false, count = m.score[seen], m.lesion[seen] < 0, weight[m.volume[seen]]
     edges = (score.min() - 1, score.max() + 1) if len(score) else (0.0,)
     thresholds = np.unique(np.append(score if every else score[~false], edges))[::-1]
 
     def above(values, weights):
+        """The weight of the values at or above each threshold."""
         order = np.argsort(values)
         total = np.append(0, np.cumsum(weights[order]))
         return total[-1] - total[np.searchsorted(values[order], thresholds)]
@@ -567,6 +576,7 @@ def froc(volumes, truth, predictions, min_distance=100):
 
 
 def challenge(m):
+    """`froc` of what is matched."""
     at = sensitivity(m, [1, 2, 3, 4], m.ill())
     return dict(sensitivity_at_2_fps_all=float(sensitivity(m, 2, m.each())),
                 **{f'sensitivity_at_{k}_fps_positive': float(v) for k, v in zip((1, 2, 3, 4), at)},
@@ -574,8 +584,8 @@ def challenge(m):
 
 
 def fauc(images, truth, predictions, min_distance=100, x=1.0):
-    """FAUC-x (FFDM-SM paper): area under the FROC curve up to x false positives per image, divided by x. A step curve
-    over all scores, the last sensitivity held to x; the paper states none of this.
+    """FAUC-x (the paper on fused FFDM and SM): area under the FROC curve up to x false positives per image, divided by
+    x. It does not say how it interpolates: here a step curve over all scores, the last sensitivity held to x.
 
     images: ids, numbers or strings, or rows that start with one; truth [id, x, y, w, h], predictions [id, x, y, w, h,
     score]; slices, where given, play no part."""
@@ -585,6 +595,7 @@ def fauc(images, truth, predictions, min_distance=100, x=1.0):
 
 
 def step_area(m, weight, x=1.0):
+    """Area under the step curve up to x false positives per volume, divided by x."""
     _, false_positives, found = curve(m, weight, every=True)
     return float((np.diff(np.append(np.minimum(false_positives, x), x)) * found).sum() / x)
 
@@ -1073,9 +1084,10 @@ def upright(image, laterality):
 
 
 class Frames(Dataset):
-    """(number of the volume, frame, or None for a normal one) -> that frame, upright, squashed to (S, S), with the size
-    of the file's; for training (number, frame or None, epoch, index), and augmented, with boxes and matches. A file
-    that cannot be read gives its reason instead."""
+    """An item is (volume, frame) for prediction, (volume, frame, epoch, index) for training; frame None is a normal
+    one, far from any lesion. -> a dict with the image uint8 (S, S), upright and squashed; for prediction with the size
+    of the file's frame, for training augmented, with boxes and matches. A file that cannot be read gives its reason, a
+    str."""
 
     def __init__(self, cfg, volumes):
         self.cfg, self.volumes, self.anchors, self.turned = cfg, volumes, anchors(cfg.size), {}
@@ -1109,7 +1121,7 @@ class Frames(Dataset):
             away = far_from_lesions(volume, mask.shape(volume.path)[0])
             frame = away[len(away) // 2]
         image, shape = self.read(v, frame)
-        if self.cfg.images:
+        if self.cfg.images:                                 # perhaps smaller than the file, whose pixels count
             shape = (volume.shape or mask.shape(volume.path))[1:]
         return dict(volume=v, frame=z, image=image, shape=shape)
 
@@ -1420,8 +1432,8 @@ def fingerprint(volumes):
 
 def validated(cfg, detector, volumes, device):
     """Mean sensitivity at 1 to 5 false positives per image over the annotated validation slices and --normals times
-    as many normal ones; hits within max(half the diagonal, 20 pixels of 518) (6.2.3). -> it, and the score at 1 false
-    positive."""
+    as many normal ones; hits within max(half the diagonal, 20 pixels of 518), which are about the challenge's 100 of a
+    file 2457 high (6.2.3). -> it, and the score at 1 false positive."""
     items, truth, found = [(v, z) for v, volume in enumerate(volumes) for z in marked(volume)], [], []
     for v, z in items:
         for x0, y0, x1, y1 in on_frame(volumes[v], [z], volumes[v].shape[1:], cfg.size):
@@ -1680,8 +1692,8 @@ def overlap_table(found):
 
 
 def against(scored, intervals):
-    """Every pair of detectors: the difference of mean sensitivities, and McNemar per lesion at 4 false positives per
-    volume, as if lesions were independent."""
+    """Every pair of detectors: the difference of mean sensitivities, and McNemar over the lesions found within 4 false
+    positives per volume with a lesion, as if lesions were independent."""
     found = {}
     for (a, one), (b, two) in itertools.combinations(scored.items(), 2):
         gap = intervals(lambda w: two.with_lesions(w)[-1:] - one.with_lesions(w)[-1:])[0].tolist()
@@ -1851,6 +1863,7 @@ def pretrained(cfg):
 
 
 def label(cfg, learnt):
+    """Name of a detector in the tables; `learnt`: its encoder was pretrained."""
     return f"{'trained' if cfg.epochs else 'untrained'} on {'pretrained' if learnt else 'random'} encoder"
 
 
@@ -1900,20 +1913,18 @@ def searched(cfg, volumes, device, out):
 
 RANGES = dict(lr=(1e-5, 1e-2, True), wd=(1e-6, 1e-3, True), ratio=(0.1, 10, True), smoothing=(0.0, 0.1, False),
               alpha=(0.25, 0.95, False), gamma=(0.5, 2.0, False), high=(0.4, 0.6, False), low=(0.2, 0.5, False),
-              nms=(0.03, 0.3, False), dropout=(0.0, 0.05, 0.1, 0.15))                   # low, high, log; or a choice
+              nms=(0.03, 0.3, False))                       # from, to (6.2.3), whether even on a log scale (ours)
+DROPOUTS = (0.0, 0.05, 0.1, 0.15)
 
 
 def drawn(cfg, trial):
     """The configuration of one trial, a function of seed and number; `low` is at most `high`."""
     rng, values = np.random.default_rng([cfg.seed, trial]), {}
-    for name, (low, high, *kind) in RANGES.items():
-        if len(kind) == 1:
-            log = kind[0]
-            at = rng.uniform(math.log(low), math.log(high)) if log else rng.uniform(low, high)
-            values[name] = float(math.exp(at) if log else at)
-        else:
-            values[name] = float(rng.choice(RANGES[name]))
-    return replace(cfg, **values | dict(low=min(values['low'], values['high'])))
+    for name, (low, high, log) in RANGES.items():
+        at = rng.uniform(math.log(low), math.log(high)) if log else rng.uniform(low, high)
+        values[name] = float(math.exp(at) if log else at)
+    values |= dict(dropout=float(rng.choice(DROPOUTS)), low=min(values['low'], values['high']))
+    return replace(cfg, **values)
 
 
 def predict(argv, device):

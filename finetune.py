@@ -11,7 +11,9 @@ An image or DBT volume becomes statistics of its tokens; an image, breast or exa
 a head turns a unit into class probabilities. `--head mlp` finetunes the encoder as MammoDINO does, the other heads
 read frozen features as DBT-DINO does. OUT receives metrics.json, predictions.csv, last.pt and pictures.
 
-B units, V views of a unit, R rows (files) with n images of S x S pixels, N patches, D width, F features, C classes.
+B units, V views of a unit, R rows (files) with n images of S x S pixels, N patches, D width, F features, C classes,
+T years. A slot is the place of a view in its unit; moments are the four statistics of `encode`. In statistics n counts
+units.
 """
 import argparse
 import contextlib
@@ -78,7 +80,7 @@ class Config:
     freeze: bool | None = option(None, 'dbt-dino 6.2', 'train the head alone, on cached features; all but mlp do')
     hidden: int = option(512, 'ours', 'width of the two hidden layers of the mlp')
     standardize: bool = option(True, 'ours', 'frozen features to mean 0 and deviation 1 over the training units')
-    balance: bool = option(True, 'dbt-dino 4.4', 'every class weighs the same in the loss')
+    balance: bool = option(True, 'dbt-dino 6.2.2', 'every class weighs the same in the loss')
     neighbours: int = option(10, 'ours', 'k of knn')
 
     out: str = option('runs/finetune', 'ours', 'folder of this run; one that holds a run is refused', group='the run')
@@ -113,11 +115,13 @@ class Config:
 TASKS = ('cancer', 'lesion', 'lesion_type', 'birads', 'density', 'risk')
 BINARY, ORDERED = ('cancer', 'lesion'), ('birads', 'density')
 SLOTS = dict(image=('image',), breast=('CC', 'MLO'), exam=('RCC', 'LCC', 'RMLO', 'LMLO'))       # DBT-DINO's order
-POOLS = dict(cls_mean=[0], cls_mean_std=[0, 2], patch_mean=[1], patch_mean_std=[1, 3])          # of `encode`
+POOLS = dict(cls_mean=[0], cls_mean_std=[0, 2], patch_mean=[1], patch_mean_std=[1, 3])          # moments of `encode`
+# lr and rates are those of heads on frozen features; finetuning starts from FINETUNING_LR, knn trains nothing
 RECIPES = dict(mlp=dict(pool='cls_mean', freeze=False, epochs=30, lr=1e-3, rates=(1e-5, 1e-2)),
                linear=dict(pool='patch_mean_std', freeze=True, epochs=75, lr=1e-3, rates=(1e-5, 1e-2)),
                hazard=dict(pool='patch_mean_std', freeze=True, epochs=100, lr=3e-4, rates=(1e-5, 1e-3)),
                knn=dict(pool='cls_mean', freeze=True, epochs=0, lr=1e-3, rates=()))
+FINETUNING_LR = 1e-4
 
 
 def parse(config, argv, demo=None, source='data'):
@@ -204,7 +208,7 @@ def resolved(cfg, ranks=1):
         raise ValueError(f'--level {level}: mini-MIAS has MLO views only; use --level image')
     cfg = replace(cfg, freeze=freeze, level=level, pool=cfg.pool or recipe['pool'],
                   epochs=recipe['epochs'] if cfg.epochs is None else cfg.epochs,
-                  lr=cfg.lr if cfg.lr is not None else recipe['lr'] if freeze else 1e-4,
+                  lr=cfg.lr if cfg.lr is not None else recipe['lr'] if freeze else FINETUNING_LR,
                   slices=cfg.slices or (0 if freeze else 4), fraction=tuple(sorted(set(cfg.fraction))))
     wrong = [f'--{name} {getattr(cfg, name)} must be above 0 and finite' for name in (
         'draws', 'chunk', 'batch', 'micro_batch', 'lr', 'layer_decay', 'clip', 'hidden', 'neighbours')
@@ -231,17 +235,17 @@ def auc(y, s):
     """Area under the ROC curve = P(score of a positive > score of a negative), ties counting half (Mann-Whitney).
     y (n,) 0 or 1, s (n,) scores. NaN where one class is absent."""
     y = np.asarray(y) > 0
-    m, n = y.sum(), (~y).sum()
+    m, n = y.sum(), (~y).sum()                              # positives, negatives
     if m == 0 or n == 0:
         return math.nan
     return float((stats.rankdata(s)[y].sum() - m * (m + 1) / 2) / (m * n))
 
 
 def _delong(y, scores):
-    """AUCs (k,) of k models, scores (k, n), and their covariance (k, k), from midranks (Sun & Xu 2014): of the share
-    of negatives that each positive beats, and the share of positives that beat each negative."""
+    """AUCs (k,) of k models, scores (k, m + n), and their covariance (k, k), from midranks (Sun & Xu 2014): of the
+    share of negatives that each positive beats, and the share of positives that beat each negative."""
     y, scores = np.asarray(y) > 0, np.asarray(scores, float)
-    m, n, ranks = y.sum(), (~y).sum(), stats.rankdata(scores, axis=1)
+    m, n, ranks = y.sum(), (~y).sum(), stats.rankdata(scores, axis=1)                   # positives, negatives
     beaten = (ranks[:, y] - stats.rankdata(scores[:, y], axis=1)) / n                   # (k, m)
     beating = 1 - (ranks[:, ~y] - stats.rankdata(scores[:, ~y], axis=1)) / m            # (k, n)
     if min(m, n) < 2:                                       # a single case has no variance
@@ -338,8 +342,8 @@ def youden(y, s):
 
 
 def in_year(y, mask):
-    """Who takes part in the AUROC of each year, bool (n, T), as in DBT-DINO's code: the cancers observed at t, which
-    are those of year t since follow-up ends with them, and of those without cancer in all T years the observed."""
+    """Who takes part in the AUROC of each year, bool (n, T), as in DBT-DINO's code. Positives of year t are the cancers
+    found in that year; negatives the exams without cancer in all T years that were still followed in year t."""
     y = np.asarray(y) > 0
     return (np.asarray(mask) > 0) & (y | ~y.any(1, keepdims=True))
 
@@ -383,8 +387,11 @@ YEARS = ('year 1', 'year 2', 'year 3', 'year 4', 'year 5')
 
 
 def follow_up(years_to_cancer, years_followup, years=len(YEARS)):
-    """One exam -> y (T,), mask (T,), or None where nothing was observed or cancer came before. Years after the exam:
-    cancer in year c < T, from 0, gives y = 1 from c on and is observed up to c; no cancer, `years_followup` years."""
+    """One exam -> y (T,), mask (T,); None where no year was observed, or cancer came before the exam.
+
+    Cancer in year c (from 0): y is 1 from c on, the mask 1 up to c, since follow-up ends with the diagnosis and one
+    cancer must not count in every later year. No cancer: y is 0, the mask 1 over the whole years of `years_followup`.
+    """
     cancer, year = years_to_cancer < years, np.arange(years)
     first = math.floor(years_to_cancer) if cancer else years
     last = first + 1 if cancer else math.floor(min(years_followup, years))
@@ -392,7 +399,8 @@ def follow_up(years_to_cancer, years_followup, years=len(YEARS)):
 
 
 def cumulative(x, W, b):
-    """H_t = sum_{k<=t} softplus(W_k x + b_k): x (B, F), W (T, F), b (T,) -> (B, T), which never falls."""
+    """H_t = sum_{k<=t} softplus(W_k x + b_k): x (B, F), W (T, F), b (T,) -> (B, T), which never falls. The running
+    sum is the product with the upper triangular matrix of 6.2.2; softplus keeps each year's hazard above 0."""
     return F.softplus(F.linear(*map(torch.as_tensor, (x, W, b)))).cumsum(-1)
 
 
@@ -420,7 +428,7 @@ def hazard_loss(H, y, mask, weight=None):
 class Row:
     """One file, or one frame of it, with its label. An official `split` is kept; '' lets `assign` choose."""
     path: str
-    label: str | np.ndarray | None                          # a class; risk: (T,), 1 cancer by then, 0 none, -1 unseen
+    label: str | np.ndarray | None                          # a class; risk: (T,) of 0, 1 and -1, not observed
     patient: str
     laterality: str = ''                                    # L or R
     view: str = ''                                          # CC, MLO, ...
@@ -912,7 +920,8 @@ def stacked(arrays):
 def encode(encoder, images, owner, rows, chunk):
     """uint8 images (n, S, S) of the rows `owner` (n,) -> moments (R, 4, D): mean of CLS, mean of patches, deviation of
     CLS, deviation of patches, over slices and patches jointly and unbiased (DBT-DINO 2.4). Sums add up in fp64, `chunk`
-    images at a time, so that no volume of tokens is ever held. Of a single image the deviation of CLS is 0."""
+    images at a time, so that no volume of tokens is ever held. Of a single image the deviation of CLS is the floor,
+    1e-6."""
     sums = torch.zeros(rows, 4, encoder.config['width'], dtype=torch.float64, device=owner.device)
     for part, of in zip(images.split(chunk), owner.split(chunk)):
         part = part.to(owner.device).unsqueeze(1).float() / 255                         # (n, 1, S, S), bytes travel
@@ -923,7 +932,7 @@ def encode(encoder, images, owner, rows, chunk):
     count = torch.stack([count, count * patches.shape[1]], dim=1).unsqueeze(-1)         # (R, 2, 1) images, patches
     mean = sums[:, :2] / count
     variance = (sums[:, 2:] - count * mean.square()) / (count - 1).clamp_min(1)
-    return torch.cat([mean, variance.clamp_min(1e-12).sqrt()], dim=1).float()
+    return torch.cat([mean, variance.clamp_min(1e-12).sqrt()], dim=1).float()          # sqrt is infinitely steep at 0
 
 
 def half(cfg, device):
@@ -1086,7 +1095,8 @@ def class_weights(cfg, targets):
 def criterion(cfg, outputs, targets, weight):
     """Mean over the units of weight * hazard loss or cross-entropy: outputs (B, C or T), targets (B,) or (B, T)."""
     if cfg.task == 'risk':
-        return hazard_loss(outputs, targets > 0, targets >= 0, weight) * weight.sum() / len(weight)
+        loss = hazard_loss(outputs, targets > 0, targets >= 0, weight)                  # a mean over the weights
+        return loss * weight.sum() / len(weight)            # over units, so that micro-batches add up to their batch
     return (F.cross_entropy(outputs.float(), targets, reduction='none') * weight).mean()
 
 
@@ -1122,7 +1132,7 @@ def fit(cfg, classes, x, y, x_val, y_val):
     if cfg.head == 'knn':
         return Neighbours(x, y, len(classes), cfg.neighbours), {}
     low, high = RECIPES[cfg.head]['rates']
-    rng = np.random.default_rng([cfg.seed, 24])
+    rng = np.random.default_rng([cfg.seed, 24])             # a stream of its own
     rates = np.exp(rng.uniform(math.log(low), math.log(high), cfg.search)).tolist() if cfg.search else [cfg.lr]
     tried = {lr: train_head(cfg, classes, x, y, x_val, y_val, lr) for lr in rates}
     head, least = min(tried.values(), key=lambda trial: trial[1])
@@ -1171,8 +1181,9 @@ def collated(train, part, items, size, views):
 
 
 def finetune(cfg, encoder, rows, train, val, classes, device):
-    """Encoder and head together (MammoDINO 3.3): AdamW, learning rates that fall by block, a tenth of warm-up, cosine.
-    -> the head, {learning rate: least validation loss}; encoder and head hold the weights of that epoch."""
+    """Encoder and head together, as MammoDINO 3.3 does. It gives no recipe; ours is AdamW, a learning rate that falls
+    block by block towards the input, a warm-up over the first tenth of the steps, then a cosine. -> the head, {learning
+    rate: least validation loss}; encoder and head hold the weights of that epoch."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     size, views = cfg.size or encoder.config['size'], len(SLOTS[cfg.level])
     torch.manual_seed(cfg.seed)
@@ -1188,7 +1199,7 @@ def finetune(cfg, encoder, rows, train, val, classes, device):
     for step, parts in enumerate(bar):
         for group in optimizer.param_groups:
             group['lr'] = group['lr_scale'] * cosine(step, len(steps), cfg.lr, 0, warmup=len(steps) // 10)
-        encoder.train()
+        encoder.train()                                     # validation leaves it in eval mode
         for part in parts:
             unit = [u for u, _ in part]
             images, owner, place, there = collated(train, part, next(batches), size, views)
@@ -1196,7 +1207,7 @@ def finetune(cfg, encoder, rows, train, val, classes, device):
                 with torch.autocast(device.type, torch.bfloat16, enabled=half(cfg, device)):
                     outputs = ddp(images, owner.to(device), place.to(device), len(unit))
                 loss = criterion(cfg, outputs, y[unit].to(device), (weight[unit] * there).to(device))
-                (loss * len(unit) * ranks / cfg.batch).backward()
+                (loss * len(unit) * ranks / cfg.batch).backward()       # DDP takes the mean over ranks, this is a sum
         nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -1304,7 +1315,7 @@ def versus(cfg, classes, y, p1, p2, patients):
         tests = {'McNemar': mcnemar(p1.argmax(1) == y, p2.argmax(1) == y)}
     naive = {}
     if len(set(patients)) < len(y):
-        beyond = 1 + min((draws <= 0).sum(), (draws >= 0).sum())
+        beyond = 1 + min((draws <= 0).sum(), (draws >= 0).sum())    # two-sided: twice the smaller share of draws past 0
         p = float(min(1, 2 * beyond / (1 + len(draws)))) if len(draws) else math.nan
         tests, naive = {'bootstrap by patient': p}, tests
     return out | dict(tests=tests, naive=naive)
@@ -1390,8 +1401,8 @@ SMALL = dict(size=84, width=128, depth=4, heads=4)          # the demo of pretra
 
 
 def encoders(cfg):
-    """-> {name: file}, None for random weights in the shape of --encoder, which come first: with a strong head they go
-    far. ValueError where a file is no encoder, before hours of work."""
+    """-> {name: file}, None for random weights in the shape of --encoder. They come first, as the baseline: a good head
+    alone scores well, and only what exceeds it is the encoder's. ValueError, before hours of work, for no encoder."""
     path = Path(cfg.encoder)
     if not path.is_file() and cfg.encoder != Config.encoder:
         raise ValueError(f'{path}: no such file; --encoder takes a last.pt of pretrain.py or the official DINOv2 file')
@@ -1439,6 +1450,7 @@ def run(cfg, device, again=False):
         encoder = encoder_from(cfg, file).to(device)
         if cfg.freeze:
             values = features(cfg, encoder, rows, units, device)
+            # for its errors: does each part still hold every class?
             parted([unit for unit in units if any(rows[i].readable for i, _ in unit.rows)],
                    ['after the unreadable files were left out'])
         for share in cfg.fraction:

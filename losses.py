@@ -1,4 +1,4 @@
-"""The whole objective of MammoDINO (arXiv 2510.11883, 2.1-2.4), one function per equation.
+"""The objective of MammoDINO (arXiv 2510.11883, 2.1-2.4), one function per equation; pretrain.py sums them up.
 
     L_total = lambda_1 L_DINO-M + lambda_2 L_iBOT-M + lambda_3 L_DINO-adj + lambda_4 L_KoLeo
 
@@ -10,7 +10,7 @@ over K prototypes; the teacher's logits pass through a `Center` and become the t
 Everything is computed in fp32, no gradient reaches the teacher, and under torch.distributed the centre and the
 KoLeo neighbours span all ranks. Without a process group the same code runs on one process.
 
-B images, S student views, G global views (the teacher's), D width, E bottleneck, K prototypes, M masked patches,
+B images, U student views, V teacher views (the global ones), D width, E bottleneck, K prototypes, M masked patches,
 P slice pairs.
 
 Copy this file alone; it imports nothing of this repository.
@@ -64,7 +64,7 @@ class Center(nn.Module):
     """The teacher's centering c (DINO 3.1; MammoDINO 2.2): an average of its logits, taken away before the softmax.
 
     `center(logits (..., K), temp)` -> probabilities (..., K), without gradient.
-    `center.update(logits)` moves c once, over all rows of all ranks: c <- m c + (1 - m) mean(logits).
+    `center.update(logits)` moves c once, over all rows of all ranks: c <- momentum c + (1 - momentum) mean(logits).
     """
 
     def __init__(self, prototypes, momentum=0.9):
@@ -96,14 +96,14 @@ class Center(nn.Module):
 # ---- the four losses ----------------------------------------------------------------------------------------------
 
 def image_loss(student, teacher, temp=0.1):
-    """DINO-M (MammoDINO 2.2): student (S, B, K) logits, teacher (G, B, K) probabilities -> ().
+    """DINO-M (MammoDINO 2.2): student (U, B, K) logits, teacher (V, B, K) probabilities -> ().
 
         L = - 1/|pairs| sum_u sum_v mean_b sum_k p_t(v)_k log p_s(u)_k        for views u != v
 
     Views stand in the same order on both sides, globals first. The paper prints the sum over all pairs; DINO and
     DINOv2 leave out the pairs in which both sides see the same view, and so do we.
     """
-    log_p = F.log_softmax(student.float() / temp, dim=-1)                               # (S, B, K)
+    log_p = F.log_softmax(student.float() / temp, dim=-1)                               # (U, B, K)
     terms = []
     for u in range(len(student)):
         for v in range(len(teacher)):
@@ -129,14 +129,17 @@ def patch_loss(student, teacher, weight, images, temp=0.1):
 def chunked_patch_loss(student, prototypes, teacher, weight, images, temp=0.1, rows=256):
     """`patch_loss` through the last layer, never holding (M, K): the same value and gradients, a few rows at a time.
 
-    student (M, E) embeddings and prototypes (K, E) have gradients; `teacher(slice) -> (rows, K) probabilities`.
+    student (M, E) embeddings and prototypes (K, E) have gradients; `teacher(slice) -> (rows, K) probabilities` makes
+    the targets of some rows when they are needed. 16 images of 518 pixels mask about 6,600 patches: one (M, K) array of
+    fp32 takes 1.6 GiB, and autograd would keep several.
     """
     with torch.autocast(student.device.type, enabled=False):
         return _ChunkedCrossEntropy.apply(student, prototypes, teacher, weight, temp, rows) / images
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """sum_j weight_j CE_j with logits = student @ prototypes.T; the gradients are made on the way forward."""
+    """sum_j weight_j CE_j with logits = student @ prototypes.T. The gradients are made in `forward`, while the rows are
+    at hand, from d CE / d logits = (p_s - p_t) / temp; `backward` only scales them."""
 
     @staticmethod
     def forward(ctx, student, prototypes, teacher, weight, temp, rows):
@@ -163,11 +166,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def adjacent_loss(student, teacher, temp=0.1, pairs=None):
     """DINO-adj (MammoDINO 2.4): student (P, K) logits of slices k, teacher (P, K) probabilities of slices k +- d.
 
-        L = - 1/pairs sum_p sum_k p_t(C_t)_k log p_s(C_s)_k
+        L = - 1/pairs sum_i sum_j p_t(C_t)_j log p_s(C_s)_j                   pairs i, prototypes j; k counts slices
 
-    The paper prints p_s(C_s) = softmax(C_t / tau_s); C_s is meant. `pairs` is the divisor, P by default: the pairs of
-    the whole step, over ranks and micro-batches, over which the losses are summed. Where they are averaged over R
-    ranks and A micro-batches instead, hand over the step's pairs / (R A). A batch without pairs gives 0.
+    The paper prints p_s(C_s) = softmax(C_t / tau_s); C_s is meant. `pairs` is the divisor, P by default. In training
+    the losses of R ranks and A micro-batches are averaged, some without a pair: with the pairs of the step / (R A) that
+    average is the mean over all pairs of the step. A batch without pairs gives 0.
     """
     log_p = F.log_softmax(student.float() / temp, dim=-1)                               # (P, K)
     pairs = len(student) if pairs is None else pairs
@@ -183,12 +186,12 @@ def koleo(x, volume=None):
     slices of one DBT volume are near-duplicates, and KoLeo would push apart what DINO-adj pulls together. Rows of
     2D mammograms have ids of their own. A group of one row has no neighbour and gives 0.
     """
-    with torch.autocast(x.device.type, enabled=False):                                  # neighbours differ by less
+    with torch.autocast(x.device.type, enabled=False):                                  # bf16 would merge neighbours
         x = F.normalize(gather(x.float()), dim=-1, eps=1e-8)
         if volume is not None:
             x = x[first_of_each(gather(volume))]
         if len(x) < 2:
-            return 0 * x.sum()
+            return 0 * x.sum()                              # still part of the graph
         with torch.no_grad():
             nearest = (x @ x.T).fill_diagonal_(-2).argmax(dim=1)                        # -2 is below any cosine
         distance = F.pairwise_distance(x, x[nearest], eps=1e-8)

@@ -1,10 +1,11 @@
 """From a file to an 8-bit mammogram and its breast-tissue mask (MammoDINO, arXiv 2510.11883, 2.2 and 3.1).
 
-    read(path, frame)  ->  uint8 (H, W)      any DICOM, PNG, TIFF, PGM, JPEG or .npy; one slice of a volume at a time
-    clahe(image)       ->  uint8 (H, W)      the paper's third preprocessing step
     tissue(image)      ->  bool (H, W)       the mask M that crops and patch masks are drawn from
+    clahe(image)       ->  uint8 (H, W)      the paper's third preprocessing step
     phantom(rng)       ->  Phantom           a synthetic breast with known tissue, density and lesions
+    read(path, frame)  ->  uint8 (H, W)      any DICOM, PNG, TIFF, PGM, JPEG or .npy; one slice of a volume at a time
 
+In this order below; who reads for the method may stop where the reading of files begins.
 A file with more than one frame is a volume: multi-frame DICOM, multi-page TIFF, .npy of shape (K, H, W).
 H W pixels, K slices, G lesion boxes.
 
@@ -50,6 +51,319 @@ MAX_PIXELS = int(float(os.environ.get('MAX_PIXELS') or 8e7))     # per frame; th
 MAX_PAGES = 4096                    # of a TIFF, whose pages are only found one after the other
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS                             # Pillow refuses twice as many
 logging.getLogger('PIL').addHandler(logging.NullHandler())      # what it says about broken files, it raises as well
+
+
+# ---- breast tissue ------------------------------------------------------------------------------------------------
+
+COARSE = 192                        # pixels that the shorter side keeps, if it has them, for the self-tuning mask
+
+
+def tissue(image, percentile=40, kernel=9):
+    """The breast-tissue mask M, uint8 (H, W) -> bool (H, W) (MammoDINO 2.2).
+
+        theta = percentile(x, tau),   M0 = 1[x > theta],   M = opening(closing(M0)), kernel x kernel
+
+    Min-max normalization keeps the order of pixels, so theta is taken on the grey levels themselves. The paper does
+    not give tau. 40 fits best among real films, but any percentile gives every breast the same area, so pretrain.py
+    asks for percentile=None, a mask that tunes itself:
+
+        1. means of f x f pixels that leave the shorter side at 192 or more: outlines need no more, and 8 megapixels
+           would take longer than all other sampling
+        2. theta a quarter of the way from the air to Otsu's threshold (`_above_air`)
+        3. closing and opening with kernel / f, three at least
+        4. opening with a sixteenth of the shorter side, which cuts film edges and frames off the breast
+        5. the largest piece, widened by half of that within step 3, which gives its outline back
+        6. holes filled
+    """
+    _check_uint8(image)
+    if percentile is not None and not 0 <= percentile <= 100:
+        raise ValueError(f'percentile {percentile}: expected 0..100, or None')
+    _check_kernel(kernel)
+    if percentile is not None:
+        theta = _percentile(_histogram(image), percentile)
+        return opening(closing(image > int(theta), kernel), kernel)                     # greys are whole numbers
+    (H, W), f = image.shape, max(1, min(image.shape) // COARSE)
+    image, kernel = np.asarray(Image.fromarray(image).reduce(f)), max(min(3, kernel), kernel // f | 1)     # odd
+    mask = opening(closing(image > int(_above_air(image)), kernel), kernel)
+    wide = max(kernel, min(image.shape) // 16 | 1)
+    core = _largest(opening(mask, wide))
+    mask = _fill_holes(_largest(mask & dilation(core, wide)))
+    return mask.repeat(f, axis=1).repeat(f, axis=0)[:H, :W]
+
+
+def _check_uint8(image):
+    if image.dtype != np.uint8 or image.ndim != 2:
+        raise ValueError(f'an image of shape {image.shape} and type {image.dtype}; '
+                         'expected (H, W) uint8, as `read` gives')
+
+
+def _check_kernel(kernel):
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f'kernel {kernel}: expected an odd number of pixels')
+
+
+def otsu(image):
+    """The grey level that best splits a uint8 image into two classes (Otsu 1979): dark is <= it. It maximises the
+    variance between them, (mu omega - m)^2 / (omega (1 - omega)), omega and m share and first moment of the dark, mu
+    the mean."""
+    share = _histogram(image) / image.size
+    weight, mean = share.cumsum(), (share * np.arange(256)).cumsum()
+    with np.errstate(divide='ignore', invalid='ignore'):
+        between = (mean[-1] * weight - mean) ** 2 / (weight * (1 - weight))
+    return int(np.nanargmax(np.where(weight < 1, between, np.nan))) if np.ptp(image) else int(image.flat[0])
+
+
+def _above_air(image):
+    """A quarter of the way from the air, the tenth percentile of what Otsu calls dark, to Otsu's threshold. Air is
+    not always 0: the base of a film is grey, and CLAHE lifts its noise."""
+    split, histogram = otsu(image), _histogram(image)
+    air = _percentile(histogram[:split + 1], 10)
+    return air + (split - air) / 4
+
+
+def _percentile(histogram, q):
+    """np.percentile of uint8 pixels, from their histogram."""
+    cumulative = histogram.cumsum()
+    rank = q / 100 * (cumulative[-1] - 1)
+    low, high = np.searchsorted(cumulative, [np.floor(rank), np.ceil(rank)], side='right')
+    return low + (high - low) * (rank % 1)
+
+
+def closing(mask, kernel):
+    """Gaps narrower than kernel x kernel are closed. bool (H, W) -> bool (H, W), as OpenCV's morphologyEx."""
+    return erosion(dilation(mask, kernel), kernel)
+
+
+def opening(mask, kernel):
+    """Pieces narrower than kernel x kernel are dropped. bool (H, W) -> bool (H, W), as OpenCV's morphologyEx."""
+    return dilation(erosion(mask, kernel), kernel)
+
+
+def erosion(mask, kernel):
+    """True where the whole window is. The border of the image eats no tissue: what lies outside counts as True."""
+    return ~dilation(~mask, kernel)
+
+
+def dilation(mask, kernel):
+    """True where anything in the kernel x kernel window around the pixel is; outside the image nothing is.
+
+    ndimage.binary_dilation(mask, np.ones((kernel, kernel))), some ninety times as fast, since 64 pixels of a row are
+    one machine word: pixel x is bit x % 64 of word x // 64. OR with itself, moved by `step`, widens the window that
+    starts at each pixel from `span` to span + step; at the end it is moved back by half a kernel to be centred.
+    """
+    _check_kernel(kernel)
+    if mask.dtype != bool:
+        raise ValueError(f'a mask of type {mask.dtype}; expected bool')
+    W, half = mask.shape[1], kernel // 2
+    words, bits = divmod(half, 64)
+    packed = np.packbits(mask, axis=1, bitorder='little')                               # (H, ceil(W / 8)) bytes
+    packed = np.pad(packed, ((half, half), (8 * words + 8, 16 - packed.shape[1] % 8)))  # air all around
+    window, span = np.ascontiguousarray(packed).view(np.uint64), 1
+    while span < kernel:
+        step = min(span, kernel - span, 63)                 # below 64: from this word and the next
+        window = window[:-step] | window[step:]
+        window[:, :-1] |= window[:, :-1] >> step | window[:, 1:] << 64 - step
+        span += step
+    centred = window[:, 1:-1] << bits | window[:, :-2] >> 64 - bits
+    return np.unpackbits(centred.view(np.uint8), axis=1, count=W, bitorder='little').view(bool)
+
+
+def _largest(mask):
+    labels, count = ndimage.label(mask)
+    return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else mask
+
+
+def _fill_holes(mask):
+    """Adds every piece of background that does not reach the border."""
+    labels, count = ndimage.label(~mask)
+    hole = np.ones(count + 1, bool)
+    hole[[0, *labels[0], *labels[-1], *labels[:, 0], *labels[:, -1]]] = False
+    return mask | hole[labels]
+
+
+def overlay(image, tissue):
+    """The outline of the mask in yellow over the image: uint8 (H, W, 3)."""
+    picture = np.repeat(image[..., None], 3, axis=-1)
+    edge = max(3, min(image.shape) // 200 | 1)
+    picture[dilation(tissue, edge) & ~erosion(tissue, edge)] = (255, 200, 0)
+    return picture
+
+
+# ---- contrast -----------------------------------------------------------------------------------------------------
+
+def clahe(image, clip=2.0, tiles=8):
+    """Contrast limited adaptive histogram equalization (Zuiderveld 1994, Reza 2004; MammoDINO 3.1), uint8 (H, W).
+
+    The image is cut into tiles x tiles; each tile's histogram is clipped at `clip` times its mean, what was clipped
+    is spread evenly, and its cumulative sum is a grey table. A pixel takes the four nearest tables, bilinearly.
+    Padding, rounding and order are OpenCV's, whose results it equals for any clip above 0.
+    """
+    _check_uint8(image)
+    H, W = image.shape
+    padded = image
+    if H % tiles or W % tiles:
+        # OpenCV pads both sides as soon as one needs it, one that divides by `tiles` whole pixels
+        padded = np.pad(image, ((0, tiles - H % tiles), (0, tiles - W % tiles)), mode='reflect')
+    th, tw = padded.shape[0] // tiles, padded.shape[1] // tiles                         # pixels of a tile
+    tables = np.empty((tiles, tiles, 256), np.float32)
+    limit = max(int(clip * th * tw / 256), 1)
+    for i in range(tiles):
+        for j in range(tiles):
+            histogram = _histogram(padded[i * th:(i + 1) * th, j * tw:(j + 1) * tw])
+            tables[i, j] = np.rint(_clip(histogram, limit).cumsum().astype(np.float32) * np.float32(255 / (th * tw)))
+    tables = tables.clip(0, 255)
+
+    y, wy = _between(H, th)
+    x, wx = _between(W, tw)
+    out = np.empty_like(image)
+    for rows in _runs(y):                                   # one cell of rows x columns, one set of four tables
+        for columns in _runs(x):
+            (t, b), (l, r) = [np.clip((at, at + 1), 0, tiles - 1) for at in (y[rows][0], x[columns][0])]
+            grey, fy, fx = image[rows, columns].astype(np.intp), wy[rows, None], wx[columns]
+            upper = _blend(tables[t, l].take(grey), tables[t, r].take(grey), fx)
+            lower = _blend(tables[b, l].take(grey), tables[b, r].take(grey), fx)
+            out[rows, columns] = np.rint(_blend(upper, lower, fy))
+    return out
+
+
+def _blend(a, b, f):
+    """a (1 - f) + b f, in the memory of a and b."""
+    a *= 1 - f
+    b *= f
+    a += b
+    return a
+
+
+def _histogram(image):
+    return np.array(Image.fromarray(image).histogram())
+
+
+def _clip(histogram, limit):
+    """What exceeds `limit` is spread over all 256 greys, the remainder over evenly spaced ones, as in OpenCV."""
+    excess = int(np.maximum(histogram - limit, 0).sum())
+    histogram = np.minimum(histogram, limit) + excess // 256
+    rest = excess % 256
+    if rest:
+        histogram[::max(256 // rest, 1)][:rest] += 1
+    return histogram
+
+
+def _between(length, tile):
+    """For each pixel of a side: the tile whose centre lies before it (-1: none), and the weight of the next one."""
+    position = np.arange(length, dtype=np.float32) * np.float32(1 / tile) - np.float32(0.5)
+    before = np.floor(position).astype(int)
+    return before, position - before.astype(np.float32)
+
+
+def _runs(index):
+    """Slices over which a sorted index is constant."""
+    cuts = np.flatnonzero(np.diff(index)) + 1
+    return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, len(index)])]
+
+
+# ---- a synthetic breast -------------------------------------------------------------------------------------------
+
+@dataclass
+class Phantom:
+    volume: np.ndarray          # uint8 (K, H, W)
+    tissue: np.ndarray          # bool (H, W), the same for every slice
+    boxes: np.ndarray           # float (G, 5): z x0 y0 x1 y1, pixels, x first; z the slice where it is brightest
+    density: int                # 0..3, BI-RADS a..d: glandular share below 25, 50, 75, 100 %
+    cancer: int                 # 1 with a lesion
+
+
+GLANDULAR = ((0.03, 0.25), (0.25, 0.50), (0.50, 0.75), (0.75, 0.95))
+
+
+def phantom(rng, slices=1, height=256, width=192, density=None, lesion=None):
+    """A breast to run and test on, not a model of anatomy: half an ellipse with a skin line, fat of power-law texture,
+    glandular islands that fill the share of its density class, a lesion on a few neighbouring slices.
+
+    slices=1 is a mammogram (the mean of eight slices); more are a DBT volume whose glands change slowly with depth.
+    density 0..3 and lesion are drawn when None; half of the breasts get a lesion. Exposure, gamma, side and noise vary,
+    so that the mean grey level tells little. Everything comes from `rng` (numpy Generator).
+    """
+    K, H, W = (8 if slices == 1 else slices), height, width
+    density = int(rng.integers(4)) if density is None else density
+    lesion = bool(rng.random() < 0.5) if lesion is None else lesion
+    r = _outline(rng, H, W)
+    inside = r < 1
+    volume = _anatomy(rng, inside, K, GLANDULAR[density])
+    boxes = _add_lesion(rng, volume, r < 0.75, on_all=slices == 1) if lesion else np.zeros((0, 5))
+
+    volume = volume.mean(0, keepdims=True) if slices == 1 else volume
+    volume *= np.sqrt(np.clip(1 - r ** rng.uniform(6, 12), 0, 1))                       # thinner towards the skin
+    volume[:, (r > 0.975) & inside] += 0.12                                             # the skin line
+    volume = rng.uniform(0.6, 1.0) * np.clip(volume, 0, None) ** rng.uniform(0.75, 1.3)
+    volume += rng.normal(0, rng.uniform(0.008, 0.012), volume.shape).astype(np.float32) * inside
+    volume[:, ~inside] = 0
+    volume = np.uint8(np.clip(volume, 0, 1) * 255)
+    if rng.random() < 0.5:                                                              # the other breast
+        volume, inside = volume[..., ::-1].copy(), inside[:, ::-1].copy()
+        boxes[:, [1, 3]] = W - boxes[:, [3, 1]]
+    return Phantom(volume, inside, boxes, density, int(lesion))
+
+
+def _outline(rng, H, W):
+    """Distance from the middle of the chest wall, 1 on the skin, float32 (H, W): half an ellipse, tilted, wobbling."""
+    y, x = np.mgrid[:H, :W].astype(np.float32) / H
+    angle = np.arctan2(y - 0.5, x + 1e-6)
+    wobble = sum(rng.normal(0, 0.012) * np.cos(k * angle + rng.uniform(0, 6.28)) for k in (2, 3, 4))
+    y = (y - 0.5 - rng.uniform(-0.12, 0.12) * x) / rng.uniform(0.42, 0.49)
+    x = x / rng.uniform(0.62, 0.73)                                                     # a wide frame is mostly air
+    return np.maximum(np.sqrt(x ** 2 + y ** 2) + wobble, 0)
+
+
+def _anatomy(rng, inside, K, glandular):
+    """Fat, glands that fill a share within `glandular` of the breast, and Cooper's ligaments, (K, H, W). Glands and
+    ligaments of a slice are a mix of two fields that turns from the first towards the second with depth."""
+    H, W = inside.shape
+    fat = _field(rng, H, W, slope=1.4)
+    glands = [_field(rng, H, W, slope=1.5, longest=0.12 * H) for _ in range(2)]
+    strands = [_field(rng, H, W, slope=1.8, longest=0.25 * H, stretch=2.0) for _ in range(2)]
+    share = rng.uniform(*glandular)
+    softness = rng.uniform(0.22, 0.28)
+    turn = rng.uniform(0.5, 1.2) * np.linspace(0, np.pi / 2, K)                         # neighbours stay alike
+    volume = np.empty((K, H, W), np.float32)
+    for k in range(K):
+        gland, strand = (a * np.cos(turn[k]) + b * np.sin(turn[k]) for a, b in (glands, strands))
+        edge = np.quantile(gland[inside], 1 - share)
+        volume[k] = 1 / (1 + np.exp(-np.clip((gland - edge) / softness, -30, 30)))      # soft islands
+        volume[k] += 0.35 * np.exp(-(strand / 0.12) ** 2)
+    return 0.30 + 0.03 * fat + rng.uniform(0.26, 0.30) * volume
+
+
+def _add_lesion(rng, volume, where, on_all):
+    """A bright blob with spokes at a random place of `where`, brightest on one slice and faint two away, or `on_all`
+    alike, as the mean of them needs it. -> its box (1, 5)"""
+    K, H, W = volume.shape
+    cy, cx = _pick(rng, where)
+    z, radius = int(rng.integers(K)), H * rng.uniform(0.02, 0.05)
+    y, x = np.mgrid[:H, :W]
+    spokes = 1 + 0.25 * np.cos(rng.integers(5, 9) * np.arctan2(y - cy, x - cx) + rng.uniform(0, 6.28))
+    blob = np.exp(-(((y - cy) ** 2 + (x - cx) ** 2) / (radius * spokes) ** 2) ** 2).astype(np.float32)
+    depth = np.exp(-(((np.arange(K) - z) / 1.2) ** 2)).astype(np.float32)
+    depth = np.ones(K, np.float32) if on_all else depth
+    volume += rng.uniform(0.20, 0.35) * depth[:, None, None] * blob
+    box = np.clip([cx - radius, cy - radius, cx + radius, cy + radius], 0, [W, H, W, H])
+    return np.array([[0 if on_all else z, *box]])
+
+
+def _field(rng, H, W, slope, longest=None, stretch=1.0):
+    """A Gaussian random field (H, W) of mean 0 and deviation 1: amplitude f^-slope, faded out above the wavelength
+    `longest` in pixels, drawn out along the rows by `stretch`."""
+    f = np.hypot(np.fft.fftfreq(H)[:, None], stretch * np.fft.rfftfreq(W)[None])
+    f[0, 0] = np.inf
+    gain = f ** -slope
+    if longest is not None:
+        gain *= 1 - np.exp(-(f * longest) ** 2)
+    field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((H, W))) * gain, s=(H, W))
+    return ((field - field.mean()) / field.std()).astype(np.float32)
+
+
+def _pick(rng, mask):
+    index = np.flatnonzero(mask)
+    return divmod(int(index[rng.integers(len(index))]), mask.shape[1])
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -474,298 +788,6 @@ def _flatten_groups(ds, frame):
         for name in ('PixelValueTransformationSequence', 'FrameVOILUTSequence'):
             for item in list(group.get(name, []))[:1]:
                 ds.update(item)
-
-
-# ---- contrast -----------------------------------------------------------------------------------------------------
-
-def clahe(image, clip=2.0, tiles=8):
-    """Contrast limited adaptive histogram equalization (Zuiderveld 1994, Reza 2004; MammoDINO 3.1), uint8 (H, W).
-
-    The image is cut into tiles x tiles; each tile's histogram is clipped at `clip` times its mean, what was clipped
-    is spread evenly, and its cumulative sum is a grey table. A pixel takes the four nearest tables, bilinearly.
-    Padding, rounding and order are OpenCV's, whose results it equals for any clip above 0.
-    """
-    _check_uint8(image)
-    H, W = image.shape
-    padded = image
-    if H % tiles or W % tiles:
-        padded = np.pad(image, ((0, tiles - H % tiles), (0, tiles - W % tiles)), mode='reflect')
-    th, tw = padded.shape[0] // tiles, padded.shape[1] // tiles                         # pixels of a tile
-    tables = np.empty((tiles, tiles, 256), np.float32)
-    limit = max(int(clip * th * tw / 256), 1)
-    for i in range(tiles):
-        for j in range(tiles):
-            histogram = _histogram(padded[i * th:(i + 1) * th, j * tw:(j + 1) * tw])
-            tables[i, j] = np.rint(_clip(histogram, limit).cumsum().astype(np.float32) * np.float32(255 / (th * tw)))
-    tables = tables.clip(0, 255)
-
-    y, wy = _between(H, th)
-    x, wx = _between(W, tw)
-    out = np.empty_like(image)
-    for rows in _runs(y):                                   # one cell of rows x columns, one set of four tables
-        for columns in _runs(x):
-            (t, b), (l, r) = [np.clip((at, at + 1), 0, tiles - 1) for at in (y[rows][0], x[columns][0])]
-            grey, fy, fx = image[rows, columns].astype(np.intp), wy[rows, None], wx[columns]
-            upper = _blend(tables[t, l].take(grey), tables[t, r].take(grey), fx)
-            lower = _blend(tables[b, l].take(grey), tables[b, r].take(grey), fx)
-            out[rows, columns] = np.rint(_blend(upper, lower, fy))
-    return out
-
-
-def _blend(a, b, f):
-    """a (1 - f) + b f, in the memory of a and b."""
-    a *= 1 - f
-    b *= f
-    a += b
-    return a
-
-
-def _histogram(image):
-    return np.array(Image.fromarray(image).histogram())
-
-
-def _clip(histogram, limit):
-    excess = int(np.maximum(histogram - limit, 0).sum())
-    histogram = np.minimum(histogram, limit) + excess // 256
-    rest = excess % 256
-    if rest:
-        histogram[::max(256 // rest, 1)][:rest] += 1
-    return histogram
-
-
-def _between(length, tile):
-    """For each pixel of a side: the tile whose centre lies before it (-1: none), and the weight of the next one."""
-    position = np.arange(length, dtype=np.float32) * np.float32(1 / tile) - np.float32(0.5)
-    before = np.floor(position).astype(int)
-    return before, position - before.astype(np.float32)
-
-
-def _runs(index):
-    """Slices over which a sorted index is constant."""
-    cuts = np.flatnonzero(np.diff(index)) + 1
-    return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, len(index)])]
-
-
-# ---- breast tissue ------------------------------------------------------------------------------------------------
-
-COARSE = 192                        # pixels: the self-tuning mask is made on a shorter side of 192 to 383
-
-
-def tissue(image, percentile=40, kernel=9):
-    """The breast-tissue mask M, uint8 (H, W) -> bool (H, W) (MammoDINO 2.2).
-
-        theta = percentile(x, tau),   M0 = 1[x > theta],   M = opening(closing(M0)), kernel x kernel
-
-    Min-max normalization keeps the order of pixels, so theta is taken on the grey levels themselves. The paper does
-    not give tau; 40 fits best among real films, but a percentile fixes the area of the mask, not the breast.
-
-    percentile=None tunes itself: theta lies a quarter of the way from the air to Otsu's threshold, then come the same
-    closing and opening, the largest piece, holes filled. Pieces are told apart after an opening of a sixteenth of the
-    shorter side, which cuts film edges and frames off the breast; half its width around the piece is then given back.
-    All of it happens on means of f x f pixels that leave the shorter side at 192 or more, with the kernel divided by
-    f but three at least: outlines do not get better by more pixels, and 8 million of them would take longer than all
-    other sampling.
-    """
-    _check_uint8(image)
-    if percentile is not None and not 0 <= percentile <= 100:
-        raise ValueError(f'percentile {percentile}: expected 0..100, or None')
-    _check_kernel(kernel)
-    if percentile is not None:
-        theta = _percentile(_histogram(image), percentile)
-        return opening(closing(image > int(theta), kernel), kernel)                     # greys are whole numbers
-    (H, W), f = image.shape, max(1, min(image.shape) // COARSE)
-    image, kernel = np.asarray(Image.fromarray(image).reduce(f)), max(min(3, kernel), kernel // f | 1)
-    mask = opening(closing(image > int(_above_air(image)), kernel), kernel)
-    wide = max(kernel, min(image.shape) // 16 | 1)
-    core = _largest(opening(mask, wide))
-    mask = _fill_holes(_largest(mask & dilation(core, wide)))
-    return mask.repeat(f, axis=1).repeat(f, axis=0)[:H, :W]
-
-
-def _check_uint8(image):
-    if image.dtype != np.uint8 or image.ndim != 2:
-        raise ValueError(f'an image of shape {image.shape} and type {image.dtype}; '
-                         'expected (H, W) uint8, as `read` gives')
-
-
-def _check_kernel(kernel):
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f'kernel {kernel}: expected an odd number of pixels')
-
-
-def otsu(image):
-    """The grey level that best splits a uint8 image into two classes (Otsu 1979): dark is <= it."""
-    share = _histogram(image) / image.size
-    weight, mean = share.cumsum(), (share * np.arange(256)).cumsum()
-    with np.errstate(divide='ignore', invalid='ignore'):
-        between = (mean[-1] * weight - mean) ** 2 / (weight * (1 - weight))
-    return int(np.nanargmax(np.where(weight < 1, between, np.nan))) if np.ptp(image) else int(image.flat[0])
-
-
-def _above_air(image):
-    """A quarter of the way from the air, the tenth percentile of what Otsu calls dark, to Otsu's threshold. Air is
-    not always 0: the base of a film is grey, and CLAHE lifts its noise."""
-    split, histogram = otsu(image), _histogram(image)
-    air = _percentile(histogram[:split + 1], 10)
-    return air + (split - air) / 4
-
-
-def _percentile(histogram, q):
-    """np.percentile of uint8 pixels, from their histogram."""
-    cumulative = histogram.cumsum()
-    rank = q / 100 * (cumulative[-1] - 1)
-    low, high = np.searchsorted(cumulative, [np.floor(rank), np.ceil(rank)], side='right')
-    return low + (high - low) * (rank % 1)
-
-
-def closing(mask, kernel):
-    """Gaps narrower than kernel x kernel are closed. bool (H, W) -> bool (H, W), as OpenCV's morphologyEx."""
-    return erosion(dilation(mask, kernel), kernel)
-
-
-def opening(mask, kernel):
-    """Pieces narrower than kernel x kernel are dropped. bool (H, W) -> bool (H, W), as OpenCV's morphologyEx."""
-    return dilation(erosion(mask, kernel), kernel)
-
-
-def erosion(mask, kernel):
-    """True where the whole window is. The border of the image eats no tissue: what lies outside counts as True."""
-    return ~dilation(~mask, kernel)
-
-
-def dilation(mask, kernel):
-    """True where anything in the kernel x kernel window around the pixel is; outside the image nothing is.
-
-    64 pixels at a time: the bits of a word are neighbours in a row, pixel x is bit x % 64. A window that starts at
-    the pixel doubles its span by OR with itself, moved; at the end it is moved back to be centred.
-    """
-    _check_kernel(kernel)
-    if mask.dtype != bool:
-        raise ValueError(f'a mask of type {mask.dtype}; expected bool')
-    W, half = mask.shape[1], kernel // 2
-    words, bits = divmod(half, 64)
-    packed = np.packbits(mask, axis=1, bitorder='little')                               # (H, ceil(W / 8)) bytes
-    packed = np.pad(packed, ((half, half), (8 * words + 8, 16 - packed.shape[1] % 8)))  # air all around
-    window, span = np.ascontiguousarray(packed).view(np.uint64), 1
-    while span < kernel:
-        step = min(span, kernel - span, 63)                 # the pixels come from this word and the next
-        window = window[:-step] | window[step:]
-        window[:, :-1] |= window[:, :-1] >> step | window[:, 1:] << 64 - step
-        span += step
-    centred = window[:, 1:-1] << bits | window[:, :-2] >> 64 - bits
-    return np.unpackbits(centred.view(np.uint8), axis=1, count=W, bitorder='little').view(bool)
-
-
-def _largest(mask):
-    labels, count = ndimage.label(mask)
-    return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else mask
-
-
-def _fill_holes(mask):
-    """Adds every piece of background that does not reach the border."""
-    labels, count = ndimage.label(~mask)
-    hole = np.ones(count + 1, bool)
-    hole[[0, *labels[0], *labels[-1], *labels[:, 0], *labels[:, -1]]] = False
-    return mask | hole[labels]
-
-
-def overlay(image, tissue):
-    """The outline of the mask in yellow over the image: uint8 (H, W, 3)."""
-    picture = np.repeat(image[..., None], 3, axis=-1)
-    edge = max(3, min(image.shape) // 200 | 1)
-    picture[dilation(tissue, edge) & ~erosion(tissue, edge)] = (255, 200, 0)
-    return picture
-
-
-# ---- a synthetic breast -------------------------------------------------------------------------------------------
-
-@dataclass
-class Phantom:
-    volume: np.ndarray          # uint8 (K, H, W)
-    tissue: np.ndarray          # bool (H, W), the same for every slice
-    boxes: np.ndarray           # float (G, 5): z x0 y0 x1 y1, pixels, z the slice where the lesion is brightest
-    density: int                # 0..3, BI-RADS a..d: glandular share below 25, 50, 75, 100 %
-    cancer: int                 # 1 with a lesion
-
-
-GLANDULAR = ((0.03, 0.25), (0.25, 0.50), (0.50, 0.75), (0.75, 0.95))
-
-
-def phantom(rng, slices=1, height=256, width=192, density=None, lesion=None):
-    """A breast to run and test on, not a model of anatomy: half an ellipse with a skin line, fat of power-law texture,
-    glandular islands that fill the share of its density class, a lesion on a few neighbouring slices.
-
-    slices=1 is a mammogram (the mean of eight slices); more are a DBT volume whose glands change slowly with depth.
-    density 0..3 and lesion True/False are drawn when None, lesions in half. Exposure, gamma, side and noise vary, so
-    that the mean grey level tells little. Everything comes from `rng` (numpy Generator).
-    """
-    K, H, W = (8 if slices == 1 else slices), height, width
-    density = int(rng.integers(4)) if density is None else density
-    lesion = bool(rng.random() < 0.5) if lesion is None else lesion
-
-    y, x = np.mgrid[:H, :W].astype(np.float32) / H
-    angle = np.arctan2(y - 0.5, x + 1e-6)
-    wobble = sum(rng.normal(0, 0.012) * np.cos(k * angle + rng.uniform(0, 6.28)) for k in (2, 3, 4))
-    y = (y - 0.5 - rng.uniform(-0.12, 0.12) * x) / rng.uniform(0.42, 0.49)
-    x = x / rng.uniform(0.62, 0.73)                                                     # a wide frame is mostly air
-    r = np.maximum(np.sqrt(x ** 2 + y ** 2) + wobble, 0)                                # 1 on the skin
-    inside = r < 1
-
-    fat = _field(rng, H, W, slope=1.4)
-    glands = [_field(rng, H, W, slope=1.5, longest=0.12 * H) for _ in range(2)]
-    strands = [_field(rng, H, W, slope=1.8, longest=0.25 * H, stretch=2.0) for _ in range(2)]
-    share = rng.uniform(*GLANDULAR[density])
-    softness = rng.uniform(0.22, 0.28)
-    turn = rng.uniform(0.5, 1.2) * np.linspace(0, np.pi / 2, K)                         # neighbours stay alike
-    volume = np.empty((K, H, W), np.float32)
-    for k in range(K):
-        gland, strand = (a * np.cos(turn[k]) + b * np.sin(turn[k]) for a, b in (glands, strands))
-        edge = np.quantile(gland[inside], 1 - share)
-        volume[k] = 1 / (1 + np.exp(-np.clip((gland - edge) / softness, -30, 30)))      # soft islands
-        volume[k] += 0.35 * np.exp(-(strand / 0.12) ** 2)                               # Cooper's ligaments
-    volume = 0.30 + 0.03 * fat + rng.uniform(0.26, 0.30) * volume
-
-    boxes = np.zeros((0, 5))
-    if lesion:
-        cy, cx = _pick(rng, r < 0.75)
-        z, radius = int(rng.integers(K)), H * rng.uniform(0.02, 0.05)
-        yy, xx = np.mgrid[:H, :W]
-        spokes = 1 + 0.25 * np.cos(rng.integers(5, 9) * np.arctan2(yy - cy, xx - cx) + rng.uniform(0, 6.28))
-        blob = np.exp(-(((yy - cy) ** 2 + (xx - cx) ** 2) / (radius * spokes) ** 2) ** 2).astype(np.float32)
-        near = np.exp(-(((np.arange(K) - z) / 1.2) ** 2)).astype(np.float32)
-        near = np.ones(K, np.float32) if slices == 1 else near
-        volume += rng.uniform(0.20, 0.35) * near[:, None, None] * blob
-        box = np.clip([cx - radius, cy - radius, cx + radius, cy + radius], 0, [W, H, W, H])
-        boxes = np.array([[0 if slices == 1 else z, *box]])
-
-    volume = volume.mean(0, keepdims=True) if slices == 1 else volume
-    volume *= np.sqrt(np.clip(1 - r ** rng.uniform(6, 12), 0, 1))                       # thinner towards the skin
-    volume[:, (r > 0.975) & inside] += 0.12                                             # the skin line
-    volume = rng.uniform(0.6, 1.0) * np.clip(volume, 0, None) ** rng.uniform(0.75, 1.3)
-    volume += rng.normal(0, rng.uniform(0.008, 0.012), volume.shape).astype(np.float32) * inside
-    volume[:, ~inside] = 0
-    volume = np.uint8(np.clip(volume, 0, 1) * 255)
-    if rng.random() < 0.5:                                                              # the other breast
-        volume, inside = volume[..., ::-1].copy(), inside[:, ::-1].copy()
-        boxes[:, [1, 3]] = W - boxes[:, [3, 1]]
-    return Phantom(volume, inside, boxes, density, int(lesion))
-
-
-def _field(rng, H, W, slope, longest=None, stretch=1.0):
-    """A Gaussian random field (H, W) of mean 0 and deviation 1: amplitude f^-slope, faded out above the wavelength
-    `longest` in pixels, drawn out along the rows by `stretch`."""
-    f = np.hypot(np.fft.fftfreq(H)[:, None], stretch * np.fft.rfftfreq(W)[None])
-    f[0, 0] = np.inf
-    gain = f ** -slope
-    if longest is not None:
-        gain *= 1 - np.exp(-(f * longest) ** 2)
-    field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((H, W))) * gain, s=(H, W))
-    return ((field - field.mean()) / field.std()).astype(np.float32)
-
-
-def _pick(rng, mask):
-    index = np.flatnonzero(mask)
-    return divmod(int(index[rng.integers(len(index))]), mask.shape[1])
 
 
 # ---- python mask.py prepare ---------------------------------------------------------------------------------------

@@ -64,7 +64,8 @@ def option(default, source, text, group=None):
 @dataclass
 class Config:
     """Every field is a flag. Source: [paper] MammoDINO, [dbt-dino] arXiv 2512.13608, [dinov2] its released
-    ssl_default_config.yaml (the one that centres, as the paper does), [ours] a choice of this repository."""
+    ssl_default_config.yaml, which centres as the paper does (others of its recipes take Sinkhorn-Knopp), [ours] a
+    choice of this repository."""
     data: str | None = option(None, 'ours', 'folder of mammograms; without it, a short demo on phantoms',
                               group='the run')
     out: str = option('runs/pretrain', 'ours', 'folder of this run')
@@ -83,8 +84,8 @@ class Config:
 
     steps: int = option(300_000, 'paper 3.2', 'optimizer steps', group='optimization')
     batch: int = option(128, 'paper 3.2', 'images per step, over all ranks')
-    micro_batch: int = option(16, 'ours', 'images per rank at once, the rest is accumulated; 128 on eight GPUs')
-    lr: float = option(0.004, 'dinov2', 'peak for a batch of 1024, scaled by sqrt(batch / 1024); the first to lower')
+    micro_batch: int = option(16, 'ours', 'images a rank holds at once, the rest is accumulated')
+    lr: float = option(0.004, 'dinov2', 'peak for a batch of 1024, times sqrt(batch / 1024): 0.0014; lower it first')
     lr_end: float = option(1e-6, 'dinov2', 'the cosine ends here')
     warmup: int = option(12_500, 'dinov2', 'steps of linear warm-up')
     layer_decay: float = option(0.9, 'dinov2', 'learning rate factor per block below the top')
@@ -109,7 +110,7 @@ class Config:
                                                     'tunes itself', group='tissue-aware views')
     kernel: int = option(9, 'paper 2.2', 'pixels of closing and opening; the self-tuning mask divides them by '
                                          'its reduction')
-    min_coverage: float = option(0.3, 'ours', 'rho, least share of tissue in a crop or mask piece; `relaxed` is logged')
+    min_coverage: float = option(0.3, 'ours', 'rho, least share of tissue in a crop or mask piece')
     locals: int = option(8, 'dinov2', 'local crops of an image')
     local_size: int = option(196, 'dbt-dino 6.1', 'pixels of a local crop')
     global_scale: tuple[float, float] = option((0.5, 1.0), 'dbt-dino 6.1', 'share of the area in a global crop')
@@ -125,7 +126,7 @@ class Config:
     mask_max: float = option(0.5, 'dinov2', 'm_max, share of the grid of the largest piece')
     tissue_weight: float = option(1.0, 'ours', 'w_t in pi = w_t r + eps')
     mask_eps: float = option(1e-3, 'ours', 'eps in pi = w_t r + eps')
-    d_max: int = option(4, 'paper Fig. 1', 'D_max, slices between the two of a pair at most; 4 is drawn there')
+    d_max: int = option(4, 'paper Fig. 1', 'D_max, largest distance of the slices of a pair; 4 is drawn there')
     volume_items: bool = option(False, 'ours', 'an epoch takes one random slice per volume instead of all')
     blind_crops: bool = option(False, 'paper 3.4', 'crops as in DINOv2, for the ablation')
     blind_masks: bool = option(False, 'paper 3.4', 'masks blind to tissue, for the ablation')
@@ -245,8 +246,9 @@ class Slices(Dataset):
     an epoch is a permutation keyed by (seed, epoch). The sample depends on nothing else, neither rank nor worker.
 
     Item i -> dict: globals (2, S, S), locals (n, s, s), pair (1, 2, S, S) or (0, 2, S, S) uint8; masks (2, N) bool;
-    file, relaxed, masks_relaxed, enlarged counts; bad, [(file, reason)] of the unreadable files it stands in for;
-    retried, what the system said before it read a file after all.
+    file; relaxed, masks_relaxed, how many had to lower rho; enlarged, 1 where the image is smaller than a crop; bad,
+    [(file, reason)] of the unreadable files it stands in for; retried, what the system said before it read a file after
+    all.
     """
 
     def __init__(self, cfg, files, counts):
@@ -299,9 +301,9 @@ class Slices(Dataset):
         tissue = mask.tissue(image, cfg.percentile, cfg.kernel)
         if not tissue.any():
             raise ValueError(f'{path}: no breast tissue found in frame {frame}')
-        law = np.ones_like(tissue) if cfg.blind_crops else tissue
+        placement = np.ones_like(tissue) if cfg.blind_crops else tissue
         out = sampler.views(rng, image, tissue, cfg.size, cfg.local_size, cfg.locals, cfg.patch, cfg.global_scale,
-                            cfg.local_scale, rho=cfg.min_coverage, law=law, jitter=cfg.jitter,
+                            cfg.local_scale, rho=cfg.min_coverage, placement=placement, jitter=cfg.jitter,
                             brightness=cfg.brightness, contrast=cfg.contrast, blurs=cfg.blurs, solarizes=cfg.solarizes)
 
         masks, info, masks_relaxed = [], {}, 0
@@ -316,7 +318,7 @@ class Slices(Dataset):
             neighbour = self.load(file, sampler.slice_pair(rng, frame, int(self.counts[file]), cfg.d_max))
             if neighbour.shape != image.shape:
                 raise ValueError(f'{path}: its frames differ in size, {image.shape} and {neighbour.shape}')
-            pair = sampler.pair_views(rng, image, neighbour, law, cfg.size, cfg.global_scale,
+            pair = sampler.pair_views(rng, image, neighbour, placement, cfg.size, cfg.global_scale,
                                       rho=cfg.min_coverage)[None]
         return dict(globals=out['globals'], locals=out['locals'], masks=np.stack(masks).reshape(2, -1), pair=pair,
                     relaxed=int(out['relaxed'].sum()), masks_relaxed=masks_relaxed,
@@ -337,8 +339,11 @@ def patiently(read, *given, said=None):
 
 
 def shuffled(place, n, key):
-    """Where a permutation of range(n) keyed by (seed, epoch) sends `place`: four Feistel rounds on the bits of n,
-    walked on until they land below n. No list is held, however many slices there are."""
+    """Where a permutation of range(n) keyed by (seed, epoch) sends `place`. No list is held, however many slices there
+    are.
+
+    A Feistel network permutes the numbers of an even number of bits: each round swaps the halves and XORs one with a
+    hash of the other, of which the constants are odd and mix well. What lands at n or above goes through again."""
     half = max(1, (n - 1).bit_length() + 1 >> 1)
     low = (1 << half) - 1
     while True:
@@ -362,7 +367,7 @@ def collate(samples):
     batch['counts'] = torch.tensor([[s['relaxed'], s['masks_relaxed'], s['enlarged']] for s in samples]).sum(0)
     batch['bad'] = [b for s in samples for b in s['bad']]
     batch['retried'] = [r for s in samples for r in s['retried']]
-    if get_worker_info():                                   # here, where it is heard of if there is no room for it
+    if get_worker_info():                                   # here, where a full /dev/shm raises and is reported
         for name in ('globals', 'locals', 'masks', 'pair', 'file', 'counts'):
             batch[name].share_memory_()
     return batch
@@ -390,7 +395,7 @@ class Stream:
         self.plan, self.given = (cfg, start, rank, ranks, accumulate), 0
         self.retries, self.deaths = 0, Counter()
         self.open()
-        atexit.register(self.close)                         # the workers are deaf to the way Python would end them
+        atexit.register(self.close)                         # workers ignore the signal that would end them
 
     def open(self):
         """Starts the workers at the first micro-batch that was not given yet."""
@@ -400,7 +405,7 @@ class Stream:
         self.batches = iter(DataLoader(self.data, num_workers=workers, collate_fn=collate, batch_sampler=todo,
                                        pin_memory=self.pin, timeout=min(5, STALL) if workers else 0,
                                        worker_init_fn=deaf,
-                                       generator=torch.Generator()))    # it would draw from the step's own numbers
+                                       generator=torch.Generator()))    # else it draws from the step's numbers
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch would raise a worker's death in mid-step
 
     def close(self):
@@ -429,7 +434,7 @@ class Stream:
                 if said == STALLS:
                     raise OSError(f'no data for {STALL * said} s; is the storage there? --resume goes on')
         self.given += 1
-        self.deaths.pop(-1, None)                           # without a file at work: only one after the other count
+        self.deaths.pop(-1, None)                           # deaths without a file at work count until a batch arrives
         for reason in batch['retried']:
             self.retries += 1
             tqdm.write(f'read at a later try ({self.retries} so far): {reason}', file=sys.stderr)
@@ -585,8 +590,8 @@ class Network(nn.Module):
         self.head = losses.Head(backbone.config['width'], cfg.prototypes, cfg.hidden, cfg.bottleneck)
 
     def forward(self, images, masks, locals=None, hide=False):
-        """images (G, 1, S, S), masks bool (G, N), locals (L, 1, s, s) ->
-        CLS tokens (G + L, D), their logits (G + L, K), embeddings of the patches under the masks (M, E).
+        """images (I, 1, S, S), masks bool (I, N), locals (L, 1, s, s) ->
+        CLS tokens (I + L, D), their logits (I + L, K), embeddings of the patches under the masks (M, E).
         `hide` puts the mask token there first: the student guesses what the teacher sees."""
         cls, patches = self.backbone(images, masks if hide else None)
         if locals is not None and len(locals):
@@ -637,8 +642,9 @@ def teach(teacher, batch, device):
 def learn(cfg, student, teacher, center, batch, tau_t, pairs, device):
     """The losses of one micro-batch -> terms {name: ()}, and what the centres and the log need of the teacher.
 
-    Rows of the student's logits: 2 B globals, P slices k, n B locals. `pairs` is the step's number of slice pairs
-    over ranks and micro-batches, so that the mean over those is the mean over all pairs."""
+    One pass serves all losses, as in DINOv2: the student's globals have their masks on, for DINO-M and KoLeo too; the
+    teacher sees them whole. Rows of the student's logits: 2 B globals, P slices k, n B locals. `student` is wrapped in
+    DDP. `pairs` is the mean number of slice pairs in a micro-batch of this step, the divisor of `adjacent_loss`."""
     B, P = batch['globals'].shape[1], len(batch['pair'])
     with torch.no_grad():
         taught = teach(teacher, batch, device)
@@ -661,6 +667,19 @@ def learn(cfg, student, teacher, center, batch, tau_t, pairs, device):
                                    pairs),
         koleo=sum(losses.koleo(view, files) for view in cls[:2 * B].unflatten(0, (2, B))))
     return terms, taught
+
+
+def total_loss(cfg, terms):
+    """L_total = lambda_1 L_DINO-M + lambda_2 L_iBOT-M + lambda_3 L_DINO-adj + lambda_4 L_KoLeo (MammoDINO 2.1)"""
+    return cfg.image_weight * terms['image'] + cfg.patch_weight * terms['patch'] \
+        + cfg.slice_weight * terms['slice'] + cfg.koleo_weight * terms['koleo']
+
+
+@torch.no_grad()
+def move_teacher(teacher, student, momentum):
+    """theta_t <- momentum theta_t + (1 - momentum) theta_s (DINO 3.1)"""
+    for theta_t, theta_s in zip(teacher.parameters(), student.parameters()):
+        theta_t.lerp_(theta_s, 1 - momentum)
 
 
 def update_centers(center, teacher, taught, momentum=None):
@@ -785,7 +804,11 @@ def effective_rank(x):
 
 
 def diagnose(cfg, micro, terms, taught, center, device):
-    """What shows collapse first, from the last micro-batch of all ranks, and what the sampler had to give up."""
+    """What shows collapse first, from the last micro-batch of all ranks, and what the sampler had to give up.
+
+    teacher_entropy: 0 is one prototype for all, log K no preference. kl: cross-entropy less that, KL(teacher ||
+    student). cls_spread: norm of the deviation of unit CLS tokens, 0 if all are alike, at most 1. relaxed: share of
+    crops that had to lower rho; enlarged: share of images smaller than a global crop."""
     p = taught['targets']
     entropy = -(p * torch.log(p.clamp_min(1e-12))).sum(-1).mean()
     both = torch.stack([entropy, terms['image'] - entropy])
@@ -806,7 +829,7 @@ def inspect(student, teacher):
         if ours.requires_grad or ours.grad is not None or ours.data_ptr() == theirs.data_ptr():
             raise ValueError(f"the teacher's {name} learns by itself; only the moving average may move it")
     finite = torch.stack([ours.isfinite().all() & theirs.isfinite().all() for (_, ours), theirs in pairs]).tolist()
-    if not all(finite):                                     # asked of the GPU once
+    if not all(finite):                                     # one answer from the GPU
         name = pairs[finite.index(False)][0][0]
         raise ValueError(f'weights that are not finite in {name}; the last checkpoint is good: lower --lr')
     if teacher.training:
@@ -1008,7 +1031,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(vit.param_groups(student, cfg.lr, cfg.wd, cfg.layer_decay), fused=True)
     parts = dict(student=student, teacher=teacher, center=center, optimizer=optimizer)
     start = restore(state, cfg, parts, watch) if state else 0
-    state = None                                            # a copy of everything
+    state = None                                            # frees its memory
     starts = [None] * ranks
     dist.all_gather_object(starts, start)
     if len(set(starts)) > 1:
@@ -1038,11 +1061,10 @@ def main(cfg):
         values, taught = [], []
         for i, batch in enumerate(micro):
             watch.note(batch)
-            with contextlib.nullcontext() if i == accumulate - 1 else ddp.no_sync():
+            with contextlib.nullcontext() if i == accumulate - 1 else ddp.no_sync():    # summed over ranks once
                 with amp:
                     terms, targets = learn(cfg, ddp, teacher, center, batch, now['teacher_temp'], pairs, device)
-                loss = cfg.image_weight * terms['image'] + cfg.patch_weight * terms['patch'] \
-                    + cfg.slice_weight * terms['slice'] + cfg.koleo_weight * terms['koleo']
+                loss = total_loss(cfg, terms)
                 (loss / accumulate).backward()
             values.append(torch.stack([loss, *terms.values()]).detach())
             taught.append(targets)
@@ -1056,9 +1078,7 @@ def main(cfg):
         optimizer.step()
         optimizer.zero_grad()
         update_centers(center, teacher, taught)
-        with torch.no_grad():
-            for theta_t, theta_s in zip(teacher.parameters(), student.parameters()):
-                theta_t.lerp_(theta_s, 1 - now['momentum'])
+        move_teacher(teacher, student, now['momentum'])
 
         log.images += cfg.batch
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
@@ -1227,7 +1247,7 @@ if __name__ == '__main__':
         wrong = 'stopped; --resume goes on from the last checkpoint'
     except SystemExit:                                      # --help, or a flag that does not exist
         raise
-    except BaseException as problem:                        # to leave by os._exit: data workers are deaf to a farewell
+    except BaseException as problem:                        # to leave by os._exit: data workers ignore other ways
         text = str(problem)
         if 'gloo' in text or isinstance(problem, dist.DistError):
             wrong = 'another rank has ended; its own message is above or below'

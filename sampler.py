@@ -3,8 +3,8 @@
 
 An 8-bit mammogram (H, W) and its tissue mask become two global and n local crops that lie on tissue, each with
 photometric augmentation, and the share of tissue under every patch of the global crops, from which patch masks are
-drawn. Two neighbouring slices of a volume become one pair of crops of the same window. Hand over an all-true mask
-and the laws of DINOv2 remain: that is the ablation's baseline.
+drawn. Two neighbouring slices of a volume become one pair of crops of the same window. With an all-true mask this is
+DINOv2's own sampling, the baseline of the ablation.
 
 Boxes are `(y0, x0, y1, x1)`, whole pixels, end exclusive. `rng` is a numpy Generator; the same state gives the same
 sample. H W pixels, S s sides of global and local crops, h w patch grid, N = h * w patches, K slices.
@@ -42,7 +42,8 @@ def crop_box(rng, tissue, scale, ratio, rho):
     then counts as `relaxed`. Without any tissue the crop is uniform and counts as relaxed.
 
     The pixel keeps its relative place: at a third of the image's height it lies at a third of the window's. So the
-    window holds the pixel and stays inside the image, and if all is tissue its place is uniform, DINOv2's law.
+    window holds the pixel and stays inside the image, and if all is tissue its place is uniform, as in DINOv2.
+    The paper does not say what happens where no window passes; the falling rho is ours.
     """
     H, W = tissue.shape
     for attempt in range(2 * TRIES):
@@ -59,7 +60,7 @@ def crop_box(rng, tissue, scale, ratio, rho):
 
 
 def _shape(rng, H, W, scale, ratio):
-    """Height and width of a window by the law of torchvision's RandomResizedCrop: ten tries, then the largest window
+    """Height and width of a window, drawn as torchvision's RandomResizedCrop does: ten tries, then the largest window
     whose ratio is allowed."""
     for _ in range(10):
         area = H * W * rng.uniform(*scale)
@@ -118,7 +119,7 @@ def solarize(table, threshold=128):
 def blur(image, sigma):
     """Gaussian of 9 taps, mirrored at the border, as torchvision's and DINOv2's."""
     taps = np.exp(-0.5 * (np.arange(5) / sigma) ** 2).astype(np.float32)                # from the middle outwards
-    taps /= 2 * taps.sum() - 1
+    taps /= 2 * taps.sum() - 1                              # the middle one counts once, the others twice
     x = np.pad(image, 4, mode='reflect').astype(np.float32)                             # (H + 8, W + 8)
     for n in image.shape:                                   # one axis, then the other, in two arrays each
         total = x[4:4 + n] * taps[0]
@@ -132,10 +133,9 @@ def blur(image, sigma):
 
 
 def cut(image, box, size):
-    """Window of a uint8 image, resized to size (h, w) by antialiased bicubic interpolation: several times as fast as
-    Pillow, with its result to one grey level (two if enlarged several times). Only where white letters on black
-    overshoot 0..255, which is clipped between the axes, may they differ by ten: the faster axis comes first here, and
-    for Pillow the rows."""
+    """Window of a uint8 image, resized to size (h, w) by antialiased bicubic interpolation: Pillow's result to one grey
+    level (two if enlarged several times), several times as fast. Beside sharp white edges, where the kernel overshoots
+    0..255 and is clipped between the axes, it may differ by ten, since Pillow takes the axes in another order."""
     y0, x0, y1, x1 = box
     window, (h, w) = image[y0:y1, x0:x1], size
     if h > y1 - y0 or w > x1 - x0:                          # enlarged, so it is small: Pillow's order costs nothing
@@ -144,8 +144,8 @@ def cut(image, box, size):
 
 
 def _resize_columns(image, height):
-    """uint8 (H, W) -> (height, W). Torch has a fast way for pixels of four bytes, and to columns it is all the same
-    whether they are the colours of one pixel or four neighbours."""
+    """uint8 (H, W) -> (height, W), along the columns alone. Four neighbouring columns are handed to torch as four
+    channels of one pixel, for which it has a fast way."""
     H, W = image.shape
     four = np.empty((1, H, -(-W // 4), 4), np.uint8)
     four.reshape(H, -1)[:, :W] = image                                                  # the rest is cut off again
@@ -155,8 +155,9 @@ def _resize_columns(image, height):
 
 
 def tissue_grid(tissue, box, h, w):
-    """Share of tissue under each patch of a window, float32 (h, w): the mask averaged over the patch's area. Of patches
-    of 24 pixels and more every second row and column counts, of 36 every third, and so on."""
+    """Share of tissue under each patch of a window, float32 (h, w): the mask averaged over the patch's area. Where a
+    patch covers 24 pixels of the image or more, every second row and column is read, from 36 on every third, and so
+    on."""
     y0, x0, y1, x1 = box
     step = max(1, min((y1 - y0) // h, (x1 - x0) // w) // 12)
     mask = tissue[y0 + step // 2:y1:step, x0 + step // 2:x1:step].astype(np.uint8) * np.uint8(255)
@@ -167,7 +168,7 @@ def tissue_grid(tissue, box, h, w):
 
 def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scale=(0.5, 1.0), local_scale=(0.2, 0.5),
           ratio=(3 / 4, 4 / 3), rho=0.3, jitter=0.8, brightness=0.4, contrast=0.4, blurs=(1.0, 0.1, 0.5),
-          sigma=(0.1, 2.0), solarizes=0.2, flip=0.5, law=None):
+          sigma=(0.1, 2.0), solarizes=0.2, flip=0.5, placement=None):
     """Tissue-aware crops of one mammogram, T(x) of the paper, as a dict:
 
         globals (2, size, size) and locals (locals, local_size, local_size), uint8
@@ -175,14 +176,14 @@ def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scal
         boxes   (2 + locals, 4) int and relaxed (2 + locals,) bool, globals first
 
     jitter, blurs (first global, second global, locals), solarizes (second global only) and flip are probabilities.
-    `law` is the mask that places the windows; it is `tissue` unless an ablation hands over another.
+    `placement` is the mask that places the windows, `tissue` by default; all true gives DINOv2's uniform windows.
     Blur comes last so that the photometry is one table; DINOv2 solarizes after it.
     """
-    law = tissue if law is None else law
+    placement = tissue if placement is None else placement
     out = dict(globals=[], locals=[], grids=[], boxes=[], relaxed=[])
     for v in range(2 + locals):
         kind, side, area = ('globals', size, scale) if v < 2 else ('locals', local_size, local_scale)
-        box, relaxed = crop_box(rng, law, area, ratio, rho)
+        box, relaxed = crop_box(rng, placement, area, ratio, rho)
         view, flipped = cut(image, box, (side, side)), rng.random() < flip
         table = np.arange(256, dtype=np.uint8)
         if rng.random() < jitter:
@@ -208,11 +209,12 @@ def patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0.3), wei
     """The iBOT-M mask Z: grid float (h, w), the tissue share of each patch -> bool (h, w) with exactly m patches.
 
     Pieces are added until m patches are masked. For each, a target area a_t in [m_min, m_max] and a shape are drawn;
-    every corner where the piece fits is scored by its tissue coverage r, those with r < rho are discarded, and one
-    of the rest is drawn with weight pi = weight * r + eps. It is accepted if it adds 0 < new <= min(m_max, m - c)
-    patches to the c there are. When no piece is accepted in ten tries, rho falls by a tenth.
+    every corner where the piece fits is scored by its tissue coverage r, those with r < rho are discarded, and one of
+    the rest is drawn with weight pi = weight * r + eps (`_corner` by rejection, which is fast, `_corner_of_all` where
+    that finds none). With c patches masked it is accepted if it adds 0 < new <= min(m_max, m - c), where the paper
+    has |C| - o for new. After every ten refusals in a row rho falls by a tenth of its first value.
 
-    After two hundred refusals the last few places are filled by single patches. m_max defaults to half of the grid;
+    After two hundred refusals single patches fill the last few places. m_max defaults to half of the grid;
     ratio is the range of height / width, DINOv2's. `info`, a dict, receives `relaxed`: whether rho had to fall.
     Raises ValueError for an m that is not in 0..h*w, and for eps below 1e-12, with which air could never be masked.
     """
@@ -225,13 +227,15 @@ def patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0.3), wei
     table = np.zeros((h + 1, w + 1))
     table[1:, 1:] = grid.cumsum(0).cumsum(1)                                            # sums of any block in 4 reads
     rows, uniform = table.tolist(), _uniforms(rng)
-    masked, c, floor, failures = 0, 0, rho, 0               # `masked` is a number whose bit y * w + x is patch (y, x)
+    masked, c, floor, failures = 0, 0, rho, 0               # bit y * w + x of `masked` is patch (y, x): one AND counts
     while c < m:
         bh, bw = _piece(uniform, h, w, min(m_min, m - c), min(m_max, m - c), ratio)
-        corner = _corner(uniform, rows, h, w, bh, bw, floor, weight, eps) \
-            or _corner_of_all(uniform, table, bh, bw, floor, weight, eps)
-        if corner:
-            block = _block(bh, bw, w) << corner[0] * w + corner[1]
+        corner = _corner(uniform, rows, h, w, bh, bw, floor, weight, eps)
+        if corner is None:
+            corner = _corner_of_all(uniform, table, bh, bw, floor, weight, eps)
+        if corner is not None:
+            y, x = corner
+            block = _block(bh, bw, w) << (y * w + x)
             new = (block & ~masked).bit_count()
             if 0 < new <= min(m_max, m - c):
                 masked, c, failures = masked | block, c + new, 0
@@ -272,7 +276,8 @@ def _block(bh, bw, w):
 def _corner(uniform, rows, h, w, bh, bw, rho, weight, eps):
     """A top-left corner drawn with weight pi = weight * r + eps among those with r >= rho; None after 32 refusals.
 
-    Rejection gives this law without scoring every corner: draw one uniformly, keep it with probability pi / max pi.
+    Rejection gives this distribution without scoring every corner: draw one uniformly, keep it with probability pi /
+    max pi.
     """
     down, right, area = h - bh + 1, w - bw + 1, bh * bw
     for _ in range(32):
@@ -311,7 +316,8 @@ def slice_pair(rng, k, K, d_max):
 def pair_views(rng, slice_a, slice_b, tissue, size=518, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3), rho=0.3,
                brightness=0.1, contrast=0.1, flip=0.5):
     """The conservative transform of both slices: (2, size, size) uint8, one tissue-aware window and one flip for
-    both, light brightness and contrast for each, no blur, no solarization."""
+    both, light brightness and contrast for each, no blur, no solarization. The paper says "conservative" and T(.);
+    the rest is our reading. `tissue` is that of slice_a."""
     box, _ = crop_box(rng, tissue, scale, ratio, rho)
     mirror = slice(None, None, -1 if rng.random() < flip else 1)
     pair = []
@@ -327,14 +333,14 @@ def contact_sheet(rng, image, tissue, size=224, local_size=112, patch=14, rho=0.
     """Tissue-aware sampling above uniform sampling, a PIL image: the windows on the image, two global crops with
     their patch masks, six local crops; under each the share of tissue in it."""
     rows = []
-    for title, law in (('tissue-aware', tissue), ('uniform', np.ones_like(tissue))):
+    for title, placement in (('tissue-aware', tissue), ('uniform', np.ones_like(tissue))):
         sample = views(rng, image, tissue, size, local_size, locals=6, rho=rho, blurs=(0, 0, 0), jitter=0,
-                       solarizes=0, flip=0, patch=patch, law=law)
+                       solarizes=0, flip=0, patch=patch, placement=placement)
         boxes = [tuple(box) for box in sample['boxes']]
         panels = [(_windows(image, boxes, size), f'{title}: 2 global, 6 local windows')]
         for v in range(2):
             grid = sample['grids'][v]
-            mask = patch_mask(rng, grid if law is tissue else np.ones_like(grid), round(ratio * grid.size), rho)
+            mask = patch_mask(rng, grid if placement is tissue else np.ones_like(grid), round(ratio * grid.size), rho)
             on = grid[mask].mean()
             panels.append((_masked(sample['globals'][v], mask, patch),
                            f'global, tissue {coverage(tissue, boxes[v]):.0%}; under masks {on:.0%}'))

@@ -118,8 +118,9 @@ class Block(nn.Module):
 
 
 def residual(x, branch, drop):
-    """x + branch(x). Under stochastic depth, DINOv2's way: a random subset of the batch goes through the branch and
-    counts for all. The dropped images cost nothing, which a mask of zeros would not save."""
+    """x + branch(x). Under stochastic depth, DINOv2's way: only a random subset of the batch goes through the branch,
+    whose output is scaled by batch / subset to keep the mean. The others cost no time; under a mask of zeros they
+    would."""
     if drop == 0:
         return x + branch(x)
     kept = max(1, int(len(x) * (1 - drop)))
@@ -134,7 +135,8 @@ class ViT(nn.Module):
     final norm. Masked patches are replaced by the mask token before positions are added (iBOT; MammoDINO 2.3).
 
     size: side in pixels of the grid that `pos_embed` is learned on; other sizes interpolate it.
-    offset, antialias: how it is interpolated. (0.1, False) is DINOv2 without registers, (0, True) with registers.
+    offset, antialias: how it is interpolated. (0, True) is DINOv2 with registers; its files without were trained with
+    (0.1, False), factors (h + 0.1) / grid instead of sizes, so that rounding never loses a row.
     drop_path: stochastic depth, the same at every block. layerscale: initial gamma, DINOv2's 1e-5.
     """
 
@@ -156,7 +158,8 @@ class ViT(nn.Module):
         self._init()
 
     def _init(self):
-        """DINOv2's: truncated normals of 0.02, CLS and registers almost zero, the patch kernel as a convolution."""
+        """DINOv2's: truncated normals of deviation 0.02, CLS and registers almost zero, the mask token zero, the patch
+        kernel as PyTorch makes that of a convolution."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.register_tokens is not None:
@@ -172,6 +175,7 @@ class ViT(nn.Module):
             return self.pos_embed
         cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         if torch.are_deterministic_algorithms_enabled():    # on GPUs the gradient of interpolate adds in any order
+            # interpolation is linear: resized unit images are its matrix
             impulses = torch.eye(self.grid ** 2, device=grid.device).view(1, -1, self.grid, self.grid)
             with torch.autocast(grid.device.type, enabled=False):
                 grid = self.resized(impulses, h, w).flatten(2).mT @ grid.float()        # (1, h w, D)
@@ -246,8 +250,8 @@ def read(path):
 
 
 def _bytes(found):
-    """Of all tensors in nested dicts and lists; one number can stand for a billion. TypeError where there is something
-    else than tensors, numbers and text."""
+    """Of all tensors in nested dicts and lists. ValueError for a tensor expanded from fewer numbers than it has,
+    TypeError where there is something else than tensors, numbers and text."""
     total, pending, seen = 0, [found], set()
     while pending:
         value = pending.pop()
@@ -339,14 +343,15 @@ def param_groups(model, lr, wd, decay=1.0):
     with: `lr_scale`, `wd_scale`; `last_layer` marks the prototypes, which DINOv2 freezes at first.
 
     The learning rate falls by `decay` for each block below the top, and to a fifth of that for the patch kernel.
-    Biases, norms and LayerScale are not decayed; tokens and positions are. What is no encoder counts as the top.
+    Biases, norms and LayerScale are not decayed; tokens and positions are. Parameters of no encoder (a head) get the
+    full rate.
     """
-    depth = max([int(i) for name, _ in model.named_parameters() for i in re.findall(r'blocks\.(\d+)\.', name)] or [-1])
+    top = max([int(i) for name, _ in model.named_parameters() for i in re.findall(r'blocks\.(\d+)\.', name)] or [-1])
     groups = {}
     for name, parameter in model.named_parameters():
         block = re.search(r'blocks\.(\d+)\.', name)
         bottom = re.search(r'(pos_embed|patch_embed|cls_token|mask_token|register_tokens)', name)
-        below = depth + 1 - int(block[1]) if block else depth + 2 if bottom else 0
+        below = top + 1 - int(block[1]) if block else top + 2 if bottom else 0
         lr_scale = decay ** below * (0.2 if 'patch_embed' in name else 1.0)
         wd_scale = 0.0 if name.endswith('bias') or 'norm' in name or 'gamma' in name else 1.0
         key = lr_scale, wd_scale, 'last_layer' in name

@@ -161,12 +161,12 @@ def test_clahe_is_for_every_file_but_prepared_ones(folder, tmp_path):
 def test_blind_crops_and_blind_masks_are_two_arms(folder, monkeypatch):
     seen = {}
     views, patch_mask = pretrain.sampler.views, pretrain.sampler.patch_mask
-    monkeypatch.setattr(pretrain.sampler, 'views', lambda *a, **k: seen.update(law=k['law']) or views(*a, **k))
+    monkeypatch.setattr(pretrain.sampler, 'views', lambda *a, **k: seen.update(placement=k['placement']) or views(*a, **k))
     monkeypatch.setattr(pretrain.sampler, 'patch_mask',
                         lambda rng, grid, *a, **k: seen.update(grid=grid) or patch_mask(rng, grid, *a, **k))
     for crops, masks in [(False, False), (True, False), (False, True), (True, True)]:
         slices(folder, blind_crops=crops, blind_masks=masks)[0]
-        assert seen['law'].all() == crops and (seen['grid'] == 1).all() == masks
+        assert seen['placement'].all() == crops and (seen['grid'] == 1).all() == masks
 
 
 def test_unusable_images_are_replaced_named_and_counted(tmp_path, group, capsys):

@@ -134,7 +134,7 @@ def test_grids_are_the_tissue_under_each_patch_of_the_view_flipped_with_it(breas
 def test_ablations_place_windows_by_another_law_but_keep_the_true_grid(breast):
     image, tissue = breast
     out = sampler.views(np.random.default_rng(0), image, tissue, 112, 56, 40, local_scale=(0.05, 0.1), rho=0.5,
-                        law=np.ones_like(tissue), flip=0)
+                        placement=np.ones_like(tissue), flip=0)
     assert not out['relaxed'].any()
     shares = [sampler.coverage(tissue, box) for box in out['boxes'][2:]]
     assert min(shares) < 0.2
