@@ -76,7 +76,20 @@ def test_the_readme_names_only_what_exists():
     for test in set(re.findall(r'`(test_\w+)`', readme)):
         assert f'def {test}(' in tests, test
     for flag in re.findall(r'`--(\w+)', readme):
-        assert flag in known or flag.startswith(('nproc', 'no', 'shutdown')), flag
+        assert flag in known or flag.startswith(('nproc', 'no', 'shutdown', 'max')), flag
+
+
+def test_the_table_of_symbols_names_fields_that_exist():
+    readme = (ROOT / 'README.md').read_text()
+    rows = readme[readme.index('| symbol |'):].split('\n\n')[0].splitlines()[2:]
+    fields = set(re.findall(r'^    (\w+): .*option\(', source('pretrain'), re.M))
+    named = {name for row in rows for name in re.findall(r'`(\w+)`', row.split('|')[3])}
+    assert len(rows) > 15 and len(named) > 20 and named <= fields, named - fields
+
+
+def test_the_readme_gives_the_length_of_each_file():
+    for name, lines in re.findall(r'\| `(\w+)\.py` \| (\d+) \|', (ROOT / 'README.md').read_text()):
+        assert abs(len(source(name).splitlines()) - int(lines)) <= 30, f'{name}.py has {len(source(name).splitlines())}'
 
 
 def test_the_bench_prints_its_rows():

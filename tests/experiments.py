@@ -1,0 +1,997 @@
+"""The evidence: what each part of the method does, measured so that it can be repeated. Not a test.
+
+    $ python tests/experiments.py difficulty                # which phantoms, chosen before the rest
+    $ python tests/experiments.py ablation                  # the arms of Table 6 on phantoms
+    $ python tests/experiments.py ablation --data PREPARED --mias MIAS --cbis CBIS          # on real mammograms
+    $ python tests/experiments.py adjacent                  # what the adjacent slice loss does to a volume; D_max
+    $ python tests/experiments.py tissue NAME=LABELS.csv ...        # what tau keeps and admits, how often rho falls
+    $ python tests/experiments.py thresholds                # how the read-outs move with tau and rho
+    $ python tests/experiments.py hidden --mias MIAS --boxes CBIS.csv   # lesions that patch masks cover
+    $ python tests/experiments.py occlusion                 # lesions always or never masked, then detected
+    $ python tests/experiments.py attention                 # where encoders look
+    $ python tests/experiments.py tables                    # the README's tables out of tests/results/*.csv
+    $ python tests/experiments.py pictures                  # and its pictures
+
+Each function below is the protocol of one experiment. Encoders are trained by the command line of pretrain.py, as many
+at once as there are cores, one thread each, in `--out`; those that are there already are not trained again. Rows go to
+tests/results/EXPERIMENT.csv. Intervals are 95 %, by bootstrap over phantoms or patients; those of means over seeds and
+of differences draw the seeds as well, of which there are few: read the seeds' own rows beside them.
+"""
+import argparse
+import copy
+import csv
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from scipy.stats import spearmanr
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import detect  # noqa: E402
+import finetune  # noqa: E402
+import mask  # noqa: E402
+import pretrain  # noqa: E402
+import sampler  # noqa: E402
+import vit  # noqa: E402
+
+RESULTS = ROOT / 'tests' / 'results'
+SEEDS = (0, 1, 2)
+FRAME = dict(height=256, width=288)                         # see difficulty()
+RECIPE = {k: v for k, v in pretrain.DEMO.items() if k != 'out'} | dict(steps=400, warmup=40)
+BLIND = dict(blind_crops=True, blind_masks=True)            # blind windows for slice pairs, too
+ARMS = {                                                    # Table 6, DINO-M alone, and a control: windows that reach
+    'DINOv2': BLIND | dict(slice_weight=0.0),               # rho on a narrow breast are smaller than blind ones
+    'DINOv2, windows as small': BLIND | dict(slice_weight=0.0, global_scale=(0.25, 0.5)),
+    '+ DINO-M': dict(blind_masks=True, slice_weight=0.0),
+    '+ DINO-M & iBOT-M': dict(slice_weight=0.0),
+    '+ adjacent slice': BLIND,
+    'MammoDINO': {}}
+
+
+# ---- material: phantoms, encoders ----------------------------------------------------------------------------------
+
+def phantoms(n, key, slices=1, every=1, **shape):
+    """n phantoms of the experiments' frame, every `every`-th of `slices` slices, the others mammograms. `key` with the
+    number of the phantom seeds it."""
+    drawn = (mask.phantom(np.random.default_rng([*key, i]), slices=1 if i % every else slices, **FRAME | shape)
+             for i in range(n))
+    return [dict(pixels=pretrain.prepared(p), **vars(p)) for p in drawn]
+
+
+def folder_of(out, name, n, key, **given):
+    """Phantoms as a folder of .npy, the way `mask.py prepare` leaves a data set."""
+    folder = Path(out) / name
+    if not (folder / 'whole').exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, p in enumerate(phantoms(n, key, **given)):
+            np.save(folder / f'{i:04d}.npy', p['pixels'] if len(p['pixels']) > 1 else p['pixels'][0])
+        (folder / 'whole').touch()
+    return str(folder)
+
+
+def in_lanes(commands):
+    """{name: argv}: each as a process of one thread, as many at once as there are cores; what they say goes to
+    NAME.log."""
+    def work(name, argv):
+        with open(f'{name}.log', 'w') as log:
+            print(shlex.join(argv), file=log, flush=True)
+            done = subprocess.run(argv, stdout=log, stderr=log, env=os.environ | {'OMP_NUM_THREADS': '1'})
+        if done.returncode:
+            raise RuntimeError(f'{name}.log tells why it failed')
+        print(f'-> {name}', flush=True)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as lanes:
+        list(lanes.map(work, commands, commands.values()))
+
+
+def flags(values):
+    """A recipe as the command line that gives it."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name}")
+        else:
+            words += [f'--{name}', *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+def pretrained(out, recipes, scripts={}):
+    """{name: recipe}: trains those that are not there yet, by pretrain.py if `scripts` names no other. -> {name:
+    teacher}"""
+    todo = {}
+    for name, recipe in recipes.items():
+        script, *first = scripts.get(name, ('pretrain.py',))
+        last = Path(out, name, 'last.pt')
+        state = vit.read(last) if last.exists() else dict(step=0, config=recipe)
+        if changed := [k for k, v in recipe.items() if state['config'].get(k) != v]:
+            raise ValueError(f"{last} was trained by another recipe ({', '.join(changed)}); remove it")
+        if state['step'] < recipe['steps']:
+            todo[f'{out}/{name}'] = [sys.executable, str(ROOT / script), *first,
+                                     *flags(recipe | dict(out=f'{out}/{name}', resume=True))]
+    in_lanes(todo)
+    return {name: vit.load(f'{out}/{name}/last.pt') for name in recipes}
+
+
+def untrained(recipe):
+    """The weights that a recipe starts from."""
+    return pretrain.networks(pretrain.Config(**recipe), torch.device('cpu'))[1].backbone
+
+
+def steps_of(recipe, pairs):
+    """Steps with which this arm takes the encoder's compute of the whole method: an arm without slice pairs gets more.
+    `pairs`: the share of images with a pair. Backward counts as two forwards, tokens stand for time."""
+    whole, local = ((recipe[name] // 14) ** 2 + 1 for name in ('size', 'local_size'))
+    views = 4 * 2 * whole + 3 * recipe['locals'] * local    # student 1 + 2, teacher 1
+    pair = 4 * whole * pairs
+    return round(recipe['steps'] * (views + pair) / (views + pair * (recipe.get('slice_weight', 1) > 0)))
+
+
+# ---- read-outs of frozen features ----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def features(encoder, images, chunk=64):
+    """uint8 images (H, W), squashed to the encoder's square -> unit CLS (n, D); mean and deviation of the patch tokens
+    (n, 2 D), the input of DBT-DINO's linear heads."""
+    side, cls, moments = (encoder.config['size'],) * 2, [], []
+    for i in range(0, len(images), chunk):
+        grey = np.stack([np.asarray(Image.fromarray(image).resize(side, Image.Resampling.BICUBIC))
+                         for image in images[i:i + chunk]])
+        token, patches = encoder(torch.from_numpy(grey)[:, None].float() / 255)
+        cls.append(torch.nn.functional.normalize(token, dim=-1))
+        moments.append(torch.cat([patches.mean(1), patches.std(1)], 1))
+    return torch.cat(cls).numpy(), torch.cat(moments).numpy()
+
+
+def nearest(x, y, groups):
+    """k-NN (k = 10, cosine), no neighbour of the same group -> each class's share of the vote (n, C)."""
+    return pretrain.knn(np.where(groups[:, None] == groups[None], -np.inf, x @ x.T), y)
+
+
+def linear(x, y, groups, folds=5, decay=1e-2):
+    """Logistic regression on standardised features, every image predicted by the fold that left its group out; the
+    decay is not searched -> probabilities (n, C)."""
+    place = np.unique(groups, return_inverse=True)[1]
+    fold = np.random.default_rng(0).permutation(place.max() + 1)[place] % folds
+    out = np.zeros((len(y), y.max() + 1))
+    for k in range(folds):
+        train = fold != k
+        z = torch.from_numpy((x - x[train].mean(0)) / (x[train].std(0) + 1e-6)).float()
+        W, b = (torch.zeros(*size, requires_grad=True) for size in ((z.shape[1], out.shape[1]), (out.shape[1],)))
+        solver = torch.optim.LBFGS([W, b], max_iter=100, line_search_fn='strong_wolfe')
+
+        def closure():
+            solver.zero_grad()
+            loss = torch.nn.functional.cross_entropy(z[train] @ W + b, torch.from_numpy(y[train]))
+            loss = loss + decay * W.square().sum()
+            loss.backward()
+            return loss
+        solver.step(closure)
+        out[~train] = torch.softmax(z[~train] @ W + b, 1).detach().numpy()
+    return out
+
+
+def value_of(y, p):
+    """AUC of a yes-or-no question, else accuracy."""
+    return finetune.auc(y, p[:, 1]) if p.shape[1] == 2 else np.mean(p.argmax(1) == y)
+
+
+READOUTS = {'CLS k-NN': (nearest, 0), 'CLS linear': (linear, 0), 'patches linear': (linear, 1)}
+
+
+def read_out(arms, images, tasks, groups):
+    """{arm: encoders, one a seed}, {task: labels, -1 where there is none} -> rows: the value of each seed, their mean,
+    and the difference of the mean from the first arm's and from random init's."""
+    known = {arm: [features(encoder, images) for encoder in encoders] for arm, encoders in arms.items()}
+    rows, first = [], next(iter(arms))
+    for task, labels in tasks.items():
+        has = labels >= 0
+        y, g = labels[has], groups[has]
+        chance = np.bincount(y).max() / len(y) if y.max() > 1 else 0.5
+        for readout, (predict, part) in READOUTS.items():
+            about = dict(task=task, readout=readout, n=len(y))
+            rows.append(about | dict(arm='chance', seed='', value=chance))
+            shares = {arm: [predict(f[part][has], y, g) for f in found] for arm, found in known.items()}
+            for arm, p in shares.items():
+                for seed, one in enumerate(p):
+                    rows.append(about | dict(arm=arm, seed=seed) | interval(y, [one], g))
+                rows.append(about | dict(arm=arm, seed='mean') | interval(y, p, g))
+                rows += [about | dict(arm=arm, seed=f'mean - {other}') | interval(y, p, g, shares[other])
+                         for other in dict.fromkeys((first, 'random init')) if other != arm]
+    return rows
+
+
+def interval(y, p, groups, other=None, draws=500):
+    """Mean over seeds of `value_of`, p a list of (n, C) and `other`, whose mean is taken away, one of as many, seed by
+    seed -> value, low, high. A draw takes seeds and groups with replacement, all images of a group together."""
+    rng, rows = np.random.default_rng(0), rows_of(groups)
+
+    def mean(seeds, at):
+        return np.mean([value_of(y[at], p[s][at]) - (value_of(y[at], other[s][at]) if other else 0) for s in seeds])
+    drawn = [mean(rng.integers(len(p), size=len(p)),
+                  np.concatenate([rows[g] for g in rng.integers(len(rows), size=len(rows))])) for _ in range(draws)]
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return dict(value=mean(range(len(p)), np.arange(len(y))), low=low, high=high)
+
+
+def rows_of(groups):
+    """The rows of each group, a list of arrays."""
+    group = np.unique(groups, return_inverse=True)[1]
+    return np.split(np.argsort(group, kind='stable'), np.cumsum(np.bincount(group))[:-1])
+
+
+def write(name, rows, **more):
+    """tests/results/NAME.csv; rows of the same `more` (such as the data set) are replaced, others kept."""
+    path = RESULTS / f'{name}.csv'
+    rows = [more | row for row in rows]
+    kept = [row for row in read(name) if any(row.get(k) != str(v) for k, v in more.items())] if more else []
+    RESULTS.mkdir(exist_ok=True)
+    with open(path, 'w', newline='') as file:
+        names = list(dict.fromkeys(name for row in kept + rows for name in row))
+        writer = csv.DictWriter(file, names, restval='', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(kept)
+        writer.writerows({k: f'{v:.4f}' if isinstance(v, (float, np.floating)) else v for k, v in row.items()}
+                         for row in rows)
+    print(f'-> {path.relative_to(ROOT)}, {len(kept) + len(rows)} rows')
+
+
+def read(name):
+    path = RESULTS / f'{name}.csv'
+    if not path.exists():
+        return []
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+# ---- 1: the ablation (MammoDINO Table 6, and DINO-M alone) -----------------------------------------------------------
+
+def difficulty(out):
+    """Which frame for the phantoms: random weights clearly below what the grey levels tell (inside the true tissue,
+    which an encoder is not shown), before any arm is looked at. 288 wide, a breast takes .43 of the frame."""
+    rows = []
+    for width in (192, 288, 384):
+        found = phantoms(320, (100, 6), width=width)
+        images, density = [p['pixels'][0] for p in found], np.array([p['density'] for p in found])
+        deciles = np.array([np.percentile(image[p['tissue']], range(10, 100, 10)) for image, p in zip(images, found)])
+        cls, moments = features(untrained(RECIPE | dict(seed=100)), images)
+        each, one = np.arange(len(images)), np.mean([p['tissue'].mean() for p in found])
+        rows += [dict(width=width, tissue=one, features=name, readout=readout, value=value_of(density, p))
+                 for name, readout, p in (('random init', 'k-NN', nearest(cls, density, each)),
+                                          ('random init', 'linear', linear(moments, density, each)),
+                                          ('tissue-grey deciles', 'linear', linear(deciles, density, each)))]
+    write('difficulty', rows)
+
+
+def ablation(out):
+    """Six arms of equal compute, three seeds, 256 training phantoms a seed (every third a volume), 640 others to test
+    on, the same for all. A warm-up of 40 steps for each."""
+    recipes = {}
+    for arm, change in ARMS.items():
+        for seed in SEEDS:
+            recipe = RECIPE | change | dict(seed=seed, data=mixed(out, seed))
+            recipes[f'{slug(arm)}-{seed}'] = recipe | dict(steps=steps_of(recipe, 1 / 3))
+    trained = pretrained(out, recipes)
+    tests = phantoms(640, (99, 7))
+    arms = {arm: [trained[f'{slug(arm)}-{seed}'] for seed in SEEDS] for arm in ARMS}
+    arms['random init'] = [untrained(RECIPE | dict(seed=seed)) for seed in SEEDS]
+    images = [p['pixels'][0] for p in tests]
+    write('ablation', read_out(arms, images, labels_of(tests), np.arange(640)), data='phantoms')
+    write('windows', [dict(arm=arm, area=np.mean([*window_areas(tests, RECIPE | change)]))
+                      for arm, change in ARMS.items()])
+
+
+def window_areas(tests, recipe, most=100):
+    """Shares of the image that global crops take: those that must reach rho on a narrow breast are smaller."""
+    rng = np.random.default_rng(0)
+    for p in tests[:most]:
+        where = np.ones_like(p['tissue']) if recipe.get('blind_crops') else p['tissue']
+        y0, x0, y1, x1 = sampler.crop_box(rng, where, recipe['global_scale'], (3 / 4, 4 / 3), recipe['min_coverage'])[0]
+        yield (y1 - y0) * (x1 - x0) / where.size
+
+
+def mixed(out, seed):
+    return folder_of(out, f'phantoms-{seed}', 256, (seed, 6), slices=8, every=3)
+
+
+def labels_of(found):
+    return dict(density=np.array([p['density'] for p in found]), lesion=np.array([p['cancer'] for p in found]))
+
+
+def slug(arm):
+    return ''.join(c if c.isalnum() else '-' for c in arm.lower()).strip('-')
+
+
+REAL = RECIPE | dict(steps=250, warmup=25, volume_items=False, min_coverage=0.3, brightness=0.4, contrast=0.4)
+
+
+def ablation_on_real_images(out, data, sources):
+    """The arms of Table 6 and DINO-M alone on a folder of prepared mammograms and volumes; density and abnormality
+    (mini-MIAS) or malignancy (CBIS-DDSM) read from the images of `sources`, {data set of finetune.py: its root}. These
+    are among those pretrained on, without their labels. Seeds draw weights, order and views; the images are the same.
+
+    Without a real DBT volume the pairs come from phantom volumes in the folder, so the arms with slice pairs tell
+    nothing about real tomosynthesis."""
+    counts = [mask.frames(path) for path in mask.listing(data)]
+    pairs = sum(c for c in counts if c > 1) / sum(counts)   # every slice is an item
+    recipes, chosen = {}, {arm: change for arm, change in ARMS.items() if 'windows' not in arm}
+    for arm, change in chosen.items():
+        for seed in SEEDS:
+            recipe = REAL | change | dict(seed=seed, data=data)
+            recipes[f'real-{slug(arm)}-{seed}'] = recipe | dict(steps=steps_of(recipe, pairs))
+    trained = pretrained(out, recipes)
+    arms = {arm: [trained[f'real-{slug(arm)}-{seed}'] for seed in SEEDS] for arm in chosen}
+    arms['random init'] = [untrained(REAL | dict(seed=seed)) for seed in SEEDS]
+    for dataset, root in sources.items():
+        tasks = {}
+        for task in ('density', 'lesion' if dataset == 'mias' else 'cancer'):
+            found = finetune.load(finetune.resolved(finetune.Config(dataset=dataset, root=root, task=task)))[0]
+            tasks[task] = {row.path: (row.label, row.patient) for row in found}
+        paths = sorted(set().union(*tasks.values()))
+        images = [mask.clahe(mask.read(path)) for path in paths]
+        groups = np.array([next(found[path][1] for found in tasks.values() if path in found) for path in paths])
+        labels = {task: np.array([found.get(path, (-1,))[0] for path in paths]) for task, found in tasks.items()}
+        write('ablation', read_out(arms, images, labels, groups), data=dataset)
+
+
+# ---- 2: the adjacent slice loss --------------------------------------------------------------------------------------
+
+DISTANCES = range(1, 9)
+
+
+def adjacent(out, slices=16):
+    """Without the loss (with as much compute, and with as many images) and with D_max = 1, 2, 4, 8, on 96 volumes;
+    then 192 unseen volumes, every slice embedded: whole, and as one window of its own, since the outline of a whole
+    breast tells the volume to anyone.
+
+    The row `pixels` is the correlation of the greys inside the tissue: phantoms turn slowly, slices 8 apart are the
+    same anatomy still, so which D_max is best cannot be seen on them."""
+    arms = {'without': dict(slice_weight=0.0), 'without, as many images': dict(slice_weight=0.0)} \
+        | {f'D_max {d}': dict(d_max=d) for d in (1, 2, 4, 8)}
+    recipes = {}
+    for arm, change in arms.items():
+        for seed in SEEDS:
+            data = folder_of(out, f'volumes-{seed}', 96, (seed, 8), slices=slices)
+            recipe = RECIPE | change | dict(seed=seed, data=data)
+            recipes[f'adjacent-{slug(arm)}-{seed}'] = recipe | dict(
+                steps=recipe['steps'] if arm.endswith('images') else steps_of(recipe, 1))
+    trained = pretrained(out, recipes)
+    tests = phantoms(192, (99, 9), slices=slices)
+    density, rng = np.array([p['density'] for p in tests]), np.random.default_rng(0)
+    rows = [dict(arm='pixels', seed='') | {f'cosine_{d}': np.mean([
+        np.corrcoef(a[p['tissue']], b[p['tissue']])[0, 1] for p in tests[:48]
+        for a, b in zip(p['pixels'][d:], p['pixels'])]) for d in DISTANCES}]
+    cuts = [sampler.cut(image, sampler.crop_box(rng, p['tissue'], RECIPE['global_scale'], (3 / 4, 4 / 3), 0.7)[0],
+                        (RECIPE['size'],) * 2) for p in tests for image in p['pixels']]
+    for arm in (*arms, 'random init'):
+        for seed in SEEDS:
+            encoder = untrained(RECIPE | dict(seed=seed)) if arm == 'random init' else \
+                trained[f'adjacent-{slug(arm)}-{seed}']
+            x, windows = (features(encoder, images)[0].reshape(len(tests), slices, -1)
+                          for images in ([image for p in tests for image in p['pixels']], cuts))
+            right = nearest(x[:, slices // 2], density, np.arange(len(tests))).argmax(1) == density
+            rows.append(dict(arm=arm, seed=seed, density_k_nn=right.mean()) | coherence(x)
+                        | {f'{name}_windows': value for name, value in coherence(windows).items() if 'retr' in name})
+    write('adjacent', rows)
+
+
+def coherence(x):
+    """x (v, K, D), unit CLS tokens of v volumes ->
+
+        cosine_d   of slices d apart, d = 1 .. 8; of different volumes; both also with the mean token removed
+        retrieval  share of slices whose nearest other slice is of their volume; at least 8 apart
+        depth      Spearman correlation of embedding distance and slice distance, mean over volumes
+    """
+    v, K, _ = x.shape
+    values = {}
+    centred = x - x.mean((0, 1))
+    for suffix, z in (('', x), ('_centred', centred / np.linalg.norm(centred, axis=-1, keepdims=True))):
+        values |= {f'cosine_{d}{suffix}': np.mean((z[:, d:] * z[:, :-d]).sum(-1)) for d in DISTANCES}
+        sums = z.sum((0, 1)) @ z.sum((0, 1)) - np.square(z.sum(1)).sum()
+        values[f'between{suffix}'] = sums / (v * (v - 1) * K * K)
+    flat, volume, depth = x.reshape(v * K, -1), np.repeat(np.arange(v), K), np.tile(np.arange(K), v)
+    near = flat @ flat.T
+    apart, same = abs(depth[:, None] - depth[None]), volume[:, None] == volume[None]
+    for name, least in (('retrieval', 1), ('retrieval_8', 8)):
+        best = np.where(same & (apart < least), -np.inf, near).argmax(1)
+        values[name] = np.mean(volume[best] == volume)
+    upper = np.triu_indices(K, 1)
+    distance = abs(np.subtract.outer(range(K), range(K)))[upper]
+    values['depth'] = np.mean([spearmanr(-(z @ z.T)[upper], distance).statistic for z in x])
+    return values
+
+
+# ---- 3: the tissue mask ----------------------------------------------------------------------------------------------
+
+RULES = (10, 25, 40, 50, 60, 70, 80, None)                  # percentiles, and the self-tuning threshold
+
+
+def tissue(out, sources, draws=10, most=100):
+    """Share of the breast that a rule keeps and of the background that it admits, after CLAHE, where the truth is
+    known; the share of the image called tissue everywhere; and how often crops and masks relax rho.
+
+    sources: NAME=FILE of CSV files with the columns file, a density class (tissue, density) or percent_density (0..1),
+    and mask where there are hand-made ones (64 is background, all above is breast, the pectoral muscle too); of more
+    than `most` images some are drawn. Phantoms come first.
+    """
+    rows, relaxed = [], []
+    found = {'phantoms': phantom_images()}
+    for source in sources:
+        name, path = source.split('=', 1)
+        found[name] = labelled(path, most)
+    for source, images in found.items():
+        for rule in RULES:
+            made = [(mask.tissue(image, rule), truth, density) for image, truth, density in images]
+            for density in ('all', *sorted({d for *_, d in made})):
+                masks = [(m, truth) for m, truth, d in made if density in ('all', d)]
+                row = dict(source=source, density=density, rule='self-tuning' if rule is None else rule, n=len(masks),
+                           share=np.mean([m.mean() for m, _ in masks]))
+                if masks[0][1] is not None:
+                    kept = np.array([((m & t).sum() / t.sum(), (m & ~t).sum() / (~t).sum(),
+                                      (m & t).sum() / (m | t).sum()) for m, t in masks])
+                    row |= dict(kept=kept[:, 0].mean(), admitted=kept[:, 1].mean(), median_iou=np.median(kept[:, 2]),
+                                least_iou=kept[:, 2].min())
+                rows.append(dict.fromkeys(('source', 'density', 'rule', 'n', 'share', 'kept', 'admitted', 'median_iou',
+                                           'least_iou'), '') | row)
+            if rule in (40, None):
+                relaxed += relaxations(source, rule, [(m, d) for m, _, d in made], draws)
+    write('tissue', rows)
+    write('relaxed', relaxed)
+
+
+def phantom_images():
+    return [(p['pixels'][0], p['tissue'], str(p['density'])) for p in phantoms(120, (99, 10))]
+
+
+def labelled(path, most):
+    """-> (image after CLAHE, true mask or None, density) of the images of a CSV."""
+    folder = Path(path).parent
+    with open(path, newline='') as file:
+        lines = list({line['file']: line for line in csv.DictReader(file)}.values())
+    lines = [lines[i] for i in sorted(np.random.default_rng(0).permutation(len(lines))[:most])]
+    images = []
+    for line in lines:
+        truth = np.array(Image.open(folder / line['mask']).convert('L')) > 100 if 'mask' in line else None
+        density = line.get('tissue') or line.get('density') or \
+            ('0-25 %', '25-50 %', '50-75 %', '75-100 %')[min(int(float(line['percent_density']) * 4), 3)]
+        images.append((mask.clahe(mask.read(folder / line['file'])), truth, density))
+    return images
+
+
+def relaxations(source, rule, masks, draws, grid=37):
+    """How often rho is not met as it is: global crops, local crops, and masks of half of all patches drawn on the
+    global ones, at the default scales."""
+    cfg, rows = pretrain.Config(), []
+    for rho in np.arange(1, 8) / 10:
+        counts = {}
+        for i, (m, density) in enumerate(masks):
+            rng, info = np.random.default_rng([0, i]), {}
+            for _ in range(draws):
+                box, gave = sampler.crop_box(rng, m, cfg.global_scale, (3 / 4, 4 / 3), rho)
+                sampler.patch_mask(rng, sampler.tissue_grid(m, box, grid, grid), grid * grid // 2, rho, info=info)
+                local = sampler.crop_box(rng, m, cfg.local_scale, (3 / 4, 4 / 3), rho)[1]
+                for name in ('all', density):
+                    counts.setdefault(name, []).append((gave, local, info['relaxed']))
+        rows += [dict(source=source, density=density, rule='self-tuning' if rule is None else rule, rho=rho,
+                      n=len(found) // draws) | dict(zip(('global_crops', 'local_crops', 'masks'), np.mean(found, 0)))
+                 for density, found in counts.items()]
+    return rows
+
+
+def thresholds(out):
+    """The whole method on the ablation's phantoms with other tau and rho; the first row is the ablation's."""
+    changes = {'self-tuning, rho 0.7': {}} | {f'tau {t}': dict(percentile=float(t)) for t in (25, 70)} \
+        | {f'rho {r}': dict(min_coverage=r) for r in (0.1, 0.9)}
+    recipes = {f'thresholds-{slug(name)}-{seed}' if change else f'mammodino-{seed}':
+               RECIPE | change | dict(seed=seed, data=mixed(out, seed))
+               for name, change in changes.items() for seed in SEEDS}
+    trained = list(pretrained(out, recipes).values())
+    arms = {name: trained[i * len(SEEDS):(i + 1) * len(SEEDS)] for i, name in enumerate(changes)}
+    arms['random init'] = [untrained(RECIPE | dict(seed=seed)) for seed in SEEDS]
+    tests = phantoms(640, (99, 7))
+    write('thresholds', read_out(arms, [p['pixels'][0] for p in tests], labels_of(tests), np.arange(640)))
+
+
+# ---- 4: do masks hide lesions? ---------------------------------------------------------------------------------------
+
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+def hidden(out, sources):
+    """Annotated images, the paper's 518 and 37x37 patches: how often a lesion that a global crop holds whole is wholly
+    under the mask, by size and ratio; masks that seek tissue and blind ones. Mean over the crops of a lesion, then over
+    lesions; the interval draws patients. Half of the crops of a training run have no mask at all.
+
+    sources: {name: (data set of detect.py, its root)}"""
+    rows = []
+    for name, (dataset, root) in sources.items():
+        volumes = [v for v in detect.load(detect.Config(dataset=dataset, root=root))[0] if v.lesions]
+        counts = {}
+        for i, volume in enumerate(volumes):
+            for number, side, kind, ratio, masked in under_masks(volume, np.random.default_rng([0, i])):
+                for size in ('all', size_of(dataset, side)):
+                    of_lesion = counts.setdefault((size, kind, ratio), {}).setdefault((volume.patient, i, number), [])
+                    of_lesion.append(masked.all())
+        annotated = sum(len(v.lesions) for v in volumes)
+        for (size, kind, ratio), found in counts.items():
+            covered, patients = np.array([np.mean(c) for c in found.values()]), np.array([p for p, *_ in found])
+            low, high = pretrain.bootstrap(np.mean, [covered], patients, np.random.default_rng(0), n=500)
+            rows.append(dict(data=name, size=size, masks=kind, ratio=ratio, annotated=annotated, lesions=len(found),
+                             value=covered.mean(), low=low, high=high))
+    write('hidden', rows)
+
+
+def under_masks(volume, rng, draws=20, n=37):
+    """Global crops of an image at the default scales, masks of each kind and ratio -> for each lesion that lies whole
+    in a crop: its number, its side in sides of the image, kind, ratio, whether each patch that it touches is masked."""
+    cfg, image = pretrain.Config(), mask.clahe(mask.read(volume.path))
+    breast = mask.tissue(image, cfg.percentile, cfg.kernel)
+    for _ in range(draws):
+        box, _ = sampler.crop_box(rng, breast, cfg.global_scale, (3 / 4, 4 / 3), cfg.min_coverage)
+        grid = sampler.tissue_grid(breast, box, n, n)
+        masks = {(kind, ratio): sampler.patch_mask(rng, where, round(ratio * n * n), cfg.min_coverage)
+                 for kind, where in (('tissue-aware', grid), ('blind', np.ones_like(grid))) for ratio in RATIOS}
+        y0, x0, y1, x1 = box
+        for number, (_, left, top, right, bottom, _) in enumerate(volume.lesions):
+            if x0 <= left and right <= x1 and y0 <= top and bottom <= y1:
+                rows = slice(int((top - y0) * n / (y1 - y0)), int(np.ceil((bottom - y0) * n / (y1 - y0))))
+                columns = slice(int((left - x0) * n / (x1 - x0)), int(np.ceil((right - x0) * n / (x1 - x0))))
+                side = np.sqrt((right - left) * (bottom - top) / image.size)
+                yield from ((number, side, *which, z[rows, columns]) for which, z in masks.items())
+
+
+def size_of(dataset, side):
+    """mini-MIAS: a film is 1024 pixels of 0.2 mm wide. Elsewhere the scale is lost, the image's side is the measure."""
+    if dataset == 'mias':
+        mm = side * 1024 * 0.2
+        return '5 mm or less' if mm <= 5 else '5-10 mm' if mm <= 10 else '10-20 mm' if mm <= 20 else 'over 20 mm'
+    return '4 % of the side or less' if side <= 0.04 else '4-8 %' if side <= 0.08 else 'over 8 %'
+
+
+class LesionsMasked(pretrain.Slices):
+    """The training stream with lesions always or never under the mask. A lesion's patch changes places with another one
+    of its view, on tissue where there is one, so that as many patches are masked as before (unless the lesion alone has
+    more). The local crops show the lesion as they always do."""
+    always, boxes = True, {}                                # {file name: (x0, y0, x1, y1)}
+
+    def sample(self, rng, file, frame):
+        before, out = copy.deepcopy(rng), super().sample(rng, file, frame)
+        image = self.load(file, frame)
+        x0, y0, x1, y1 = self.boxes[Path(self.files[file]).name]
+        lesion = np.zeros(image.shape, bool)
+        lesion[int(y0):int(np.ceil(y1)), int(x0):int(np.ceil(x1))] = True
+        breast = mask.tissue(image, self.cfg.percentile, self.cfg.kernel)
+        shares = [self.shares(copy.deepcopy(before), image, m, breast) for m in (lesion, breast)]
+        for z, on, tissue in zip(out['masks'], *shares):
+            wrong = (on > 0) & (z != self.always)
+            free = (on == 0) & (z == self.always)
+            free = np.flatnonzero(free & (tissue > 0.5) if (free & (tissue > 0.5)).sum() >= wrong.sum() else free)
+            z[rng.choice(free, min(wrong.sum(), len(free)), replace=False)] ^= True
+            z[wrong] = self.always
+        return out
+
+    def shares(self, rng, image, m, breast):
+        """The share of `m` in each patch of the two global views, (2, N): the same random numbers, the same windows."""
+        cfg = self.cfg
+        return sampler.views(rng, image, m, cfg.size, cfg.local_size, 0, cfg.patch, cfg.global_scale,
+                             rho=cfg.min_coverage, placement=breast, jitter=cfg.jitter,
+                             brightness=cfg.brightness, contrast=cfg.contrast,
+                             blurs=cfg.blurs, solarizes=cfg.solarizes)['grids'].reshape(2, -1)
+
+
+def pretrain_with_lesions_masked(arguments):
+    """pretrain.py with the stream above: experiments.py lesions always|never BOXES.csv, then its flags."""
+    with open(arguments[1], newline='') as file:
+        LesionsMasked.boxes = {line['path']: [float(line[edge]) for edge in ('x0', 'y0', 'x1', 'y1')]
+                               for line in csv.DictReader(file)}
+    LesionsMasked.always, pretrain.Slices = arguments[0] == 'always', LesionsMasked
+    pretrain.main(pretrain.parse(pretrain.Config, arguments[2:], pretrain.DEMO))
+
+
+def occlusion(out):
+    """Pretraining on 256 projections, each with a lesion whose radius is 2-5 % of the frame's height, every global crop
+    masked: by the method, with the lesion always, with the lesion never under the mask. Then the same detector on each
+    frozen encoder, five epochs: 195 volumes to train, 30 to choose the epoch, 90 to test (60 lesions), the same for
+    all arms."""
+    arms, narrow = ('as the method', 'always', 'never'), dict(lesion=True, width=192)
+    recipes, scripts = {}, {}
+    for seed in SEEDS:
+        data, boxes = folder_of(out, f'lesions-{seed}', 256, (seed, 11), **narrow), f'{out}/lesions-{seed}.csv'
+        found = [p['boxes'][0][1:] for p in phantoms(256, (seed, 11), **narrow)]
+        detect.write_csv(boxes, ('path', 'x0', 'y0', 'x1', 'y1'), [(f'{i:04d}.npy', *b) for i, b in enumerate(found)])
+        for arm in arms:
+            recipes[f'lesions-{slug(arm)}-{seed}'] = RECIPE | dict(steps=250, warmup=25, mask_prob=1.0, seed=seed,
+                                                                   data=data)
+            if arm != arms[0]:
+                scripts[f'lesions-{arm}-{seed}'] = ('tests/experiments.py', 'lesions', arm, boxes)
+    pretrained(out, recipes, scripts)
+
+    root = lesion_volumes(Path(out) / 'lesion-volumes')
+    detector = {k: v for k, v in detect.DEMO.items() if k != 'out'} | dict(root=root, epochs=5, draws=100)
+    runs = {f'detect-{slug(arm)}-{seed}': detector | dict(
+        seed=seed, encoder=f'{out}/lesions-{slug(arm)}-{seed}/last.pt') for arm in arms for seed in SEEDS}
+    runs |= {f'detect-random-init-{seed}': detector | dict(
+        seed=seed, encoder=f'{out}/lesions-always-0/last.pt', random_encoder=True) for seed in SEEDS}
+    in_lanes({f'{out}/{name}': [sys.executable, str(ROOT / 'detect.py'), *flags(run | dict(out=f'{out}/{name}'))]
+              for name, run in runs.items() if not Path(out, name, 'scores.json').exists()})
+
+    volumes, truth, _ = detect.read_truth(f'{out}/detect-never-0/labels.csv', f'{out}/detect-never-0/boxes.csv')
+    rng, V = np.random.default_rng(0), len(volumes)
+    weights = np.vstack([np.ones(V), rng.multinomial(V, np.full(V, 1 / V), 500)])       # all volumes, then draws
+    weights = np.column_stack([weights, np.ones(501)])      # the last counts predictions in volumes that are not listed
+    values = {}
+    for arm in (*arms, 'random init'):
+        scored = [detect.Scored(volumes, truth, detect.read_predictions(f'{out}/detect-{slug(arm)}-{seed}'),
+                                detector['min_distance']) for seed in SEEDS]
+        values[arm] = np.array([[s.with_lesions(w)[-1] for w in weights] for s in scored])      # (seeds, 1 + draws)
+    drawn = np.vstack([np.arange(len(SEEDS)), rng.integers(len(SEEDS), size=(500, len(SEEDS)))]).T
+    rows = []
+    for arm, found in values.items():
+        mean = np.take_along_axis(found, drawn, 0).mean(0)
+        shown = dict(enumerate(found)) | {'mean': mean} | {
+            f'mean - {other}': mean - np.take_along_axis(values[other], drawn, 0).mean(0)
+            for other in ('never', 'random init') if other != arm}
+        for seed, v in shown.items():
+            low, high = np.percentile(v[1:], [2.5, 97.5])
+            rows.append(dict(arm=arm, seed=seed, lesions=len(truth), value=v[0], low=low, high=high))
+    write('occlusion', rows)
+
+
+def lesion_volumes(folder):
+    """315 volumes of 8 slices, two thirds with a lesion, and lesions.csv as detect.py takes it. -> the folder"""
+    if not (folder / 'lesions.csv').exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for i in range(315):
+            split = 'train' if i < 195 else 'val' if i < 225 else 'test'
+            p = mask.phantom(np.random.default_rng([99, 12, i]), slices=8, lesion=i % 3 > 0)
+            np.save(folder / f'{i:04d}.npy', pretrain.prepared(p))
+            rows += [(f'{i:04d}.npy', split, int(z), *box) for z, *box in p.boxes] or \
+                [(f'{i:04d}.npy', split, '', '', '', '', '')]
+        detect.write_csv(folder / 'lesions.csv', ('path', 'split', 'frame', 'x0', 'y0', 'x1', 'y1'), rows)
+    return str(folder)
+
+
+# ---- 5: where does it look? (MammoDINO Fig. 3) ----------------------------------------------------------------------
+
+def attention(out, side=168):
+    """Where the last block's CLS token looks (mean over heads), and what the first principal component of the patch
+    tokens tells, on 200 test phantoms with a lesion squashed to 168 x 168, where a patch holds about as much of the
+    breast as in training; encoders of the ablation.
+
+    tissue, lesion: share of the attention there, and `lesion_in_tissue`, (lesion / tissue) of the attention over the
+    same of the area. component_tissue, component_lesion: how well the component alone tells tissue from air and lesion
+    from other tissue, AUC turned to be above .5. `brightness` takes the grey of the patch for both, `even` a
+    constant."""
+    tests, n = phantoms(200, (99, 13), lesion=True), side // 14
+    where = np.array([[sampler.tissue_grid(m, (0, 0, *m.shape), n, n).ravel() for m in (p['tissue'], lesion_of(p))]
+                      for p in tests]).swapaxes(0, 1)                                   # (2, phantoms, N)
+    grey = squares(tests, side)
+    brightness = torch.nn.functional.avg_pool2d(grey, 14).flatten(1).numpy()
+    rows = [dict(arm='brightness', seed='') | looks(brightness, brightness, *where),
+            dict(arm='even', seed='') | looks(np.ones_like(brightness), np.ones_like(brightness), *where)]
+    for arm in (*ARMS, 'random init'):
+        for seed in SEEDS:
+            encoder = untrained(RECIPE | dict(seed=seed)) if arm == 'random init' else \
+                vit.load(f'{out}/{slug(arm)}-{seed}/last.pt')
+            with torch.no_grad():
+                heat = encoder.attention(grey).mean(1).flatten(1).numpy()               # (phantoms, N)
+                patches = encoder(grey)[1].numpy()
+            centred = patches - patches.mean(1, keepdims=True)
+            component = np.stack([x @ np.linalg.svd(x, full_matrices=False)[2][0] for x in centred])
+            rows.append(dict(arm=arm, seed=seed) | looks(heat, component, *where))
+    write('attention', rows)
+
+
+def squares(found, side):
+    """The mammograms of phantoms, squashed, as an encoder takes them: (n, 1, side, side) in [0, 1]."""
+    images = [Image.fromarray(p['pixels'][0]).resize((side, side), Image.Resampling.BICUBIC) for p in found]
+    return torch.from_numpy(np.stack(images))[:, None].float() / 255
+
+
+def lesion_of(phantom):
+    """The first box of a phantom as a mask."""
+    _, x0, y0, x1, y1 = phantom['boxes'][0]
+    lesion = np.zeros(phantom['tissue'].shape, bool)
+    lesion[int(y0):int(np.ceil(y1)), int(x0):int(np.ceil(x1))] = True
+    return lesion
+
+
+def looks(heat, component, tissue, lesion):
+    """All (phantoms, N), tissue and lesion the share of each patch -> the numbers of `attention`, means over phantoms,
+    those of the attention with an interval over phantoms."""
+    heat, values = heat / heat.sum(1, keepdims=True), {}
+    mass, area = ([(h * m).sum(1) for m in (tissue, lesion)] for h in (heat, np.full_like(heat, 1 / heat.shape[1])))
+    found = dict(tissue=(lambda t, *_: t.mean(), mass), lesion=(lambda _, m: m.mean(), mass),
+                 lesion_in_tissue=(lambda t, m, at, am: m.sum() / t.sum() * at.sum() / am.sum(), [*mass, *area]))
+    for name, (metric, arrays) in found.items():
+        low, high = pretrain.bootstrap(metric, arrays, np.arange(len(heat)), np.random.default_rng(0), n=500)
+        values |= {name: metric(*arrays), f'{name}_low': low, f'{name}_high': high}
+    for name, yes, of in (('component_tissue', tissue > 0.5, (tissue > 0.5) | (tissue == 0)),
+                          ('component_lesion', lesion > 0.25, tissue > 0.5)):
+        told = [finetune.auc(y[use], c[use]) for y, c, use in zip(yes, component, of)]
+        values[name] = np.nanmean([max(v, 1 - v) for v in told])
+    return values
+
+
+# ---- tables and pictures ---------------------------------------------------------------------------------------------
+
+def tables():
+    """Every table of the README's section on evidence, as text, {experiment: Markdown}; a test compares them."""
+    return {name: '\n'.join(f"| {' | '.join(map(str, line))} |" for line in table)
+            for name, table in (('ablation', table_of_arms('ablation', 'phantoms')),
+                                ('ablation, mini-MIAS', table_of_arms('ablation', 'mias')),
+                                ('ablation, CBIS-DDSM', table_of_arms('ablation', 'ddsm')),
+                                ('adjacent', table_of_distances()), ('tissue', table_of_masks()),
+                                ('relaxed', table_of_relaxations()), ('thresholds', table_of_arms('thresholds')),
+                                ('hidden', table_of_hidden_lesions()), ('occlusion', table_of_occlusion()),
+                                ('attention', table_of_attention()))}
+
+
+def number(v, signed=False):
+    """.123, 1.230, -.045, +.006"""
+    text = f'{round(float(v), 3) + 0.0:{"+" if signed else ""}.3f}'
+    return re.sub(r'^([+-]?)0\.', r'\1.', text).replace('-', '\u2212')
+
+
+def between(low, high, signed=False):
+    return f'[{number(low, signed)}, {number(high, signed)}]'
+
+
+def heads(*names):
+    return [names, ['---'] * len(names)]
+
+
+def spread(values):
+    """mean (least to largest of the seeds)"""
+    values = [float(v) for v in values]
+    return f'{number(np.mean(values))} ({number(min(values))}\u2013{number(max(values))})'
+
+
+def table_of_arms(name, data=None):
+    """Mean over seeds, the seeds' range, the difference from the first arm with its interval."""
+    rows = [row for row in read(name) if data is None or row['data'] == data]
+    columns = list(dict.fromkeys((row['task'], row['readout']) for row in rows))
+    arms = list(dict.fromkeys(row['arm'] for row in rows))
+    lines = heads('we measured', *(f"{task}, {readout}, {'AUC' if task in ('lesion', 'cancer') else 'accuracy'}"
+                                   for task, readout in columns))
+    for arm in sorted(arms, key=lambda arm: ('chance', 'random init').index(arm) if arm in ('chance', 'random init')
+                      else 2):
+        cells = []
+        for task, readout in columns:
+            found = {row['seed']: row for row in rows
+                     if (row['task'], row['readout'], row['arm']) == (task, readout, arm)}
+            seeds = [row['value'] for seed, row in found.items() if seed.isdigit()]
+            gain = next((row for seed, row in found.items() if seed not in ('mean - random init', 'mean')
+                         and seed.startswith('mean')), None)
+            cells.append((spread(seeds) if seeds else number(found['']['value'])) + (
+                f"; {number(gain['value'], True)} {between(gain['low'], gain['high'], True)}" if gain else ''))
+        lines.append([arm, *cells])
+    return lines
+
+
+def table_of_distances():
+    shown = dict(cosine_1='d = 1', cosine_2='2', cosine_4='4', cosine_8='8', between='other volumes',
+                 cosine_1_centred='mean removed: d = 1', cosine_8_centred='8', retrieval='same volume nearest',
+                 retrieval_8_windows='8 apart, windows', depth='depth', density_k_nn='density, middle slice, CLS k-NN')
+    rows = read('adjacent')
+    lines = heads('we measured', *shown.values())
+    for arm in dict.fromkeys(row['arm'] for row in rows):
+        here = [row for row in rows if row['arm'] == arm]
+        cells = [number(np.mean([float(row[k]) for row in here])) if here[0][k] else '' for k in list(shown)[:-1]]
+        lines.append([arm, *cells, spread(r['density_k_nn'] for r in here) if here[0]['density_k_nn'] else ''])
+    return lines
+
+
+def table_of_masks():
+    rows = [row for row in read('tissue') if row['rule'] in ('25', '40', '50', '60', '80', 'self-tuning')]
+    lines = heads('we measured', 'n', *(f'tau = {rule}' if rule.isdigit() else rule
+                                        for rule in dict.fromkeys(row['rule'] for row in rows)))
+    for source, density in dict.fromkeys((row['source'], row['density']) for row in rows):
+        here = [row for row in rows if (row['source'], row['density']) == (source, density)]
+        if here[0]['kept']:
+            lines.append([f'{source}, {density}', here[0]['n'], *(
+                f"{number(r['kept'])}, {number(r['admitted'])}, {number(r['median_iou'])}" for r in here)])
+        else:
+            lines.append([f'{source}, {density}', here[0]['n'], *(number(r['share']) for r in here)])
+    return lines
+
+
+def table_of_relaxations():
+    rows = [row for row in read('relaxed') if row['density'] == 'all' and row['rule'] == 'self-tuning']
+    sources = list(dict.fromkeys(row['source'] for row in rows))
+    lines = heads('we measured, rho', *sources)
+    for rho in dict.fromkeys(row['rho'] for row in rows):
+        lines.append([f'{float(rho):.1f}', *(', '.join(f'{float(row[k]):.1%}' for k in ('global_crops', 'local_crops',
+                                                                                      'masks'))
+                                            for row in rows if row['rho'] == rho)])
+    return lines
+
+
+def table_of_hidden_lesions():
+    rows = read('hidden')
+    lines = heads('we measured', 'lesions', *(f'ratio {ratio}' for ratio in RATIOS))
+    for data, size in dict.fromkeys((row['data'], row['size']) for row in rows):
+        here = {(r['masks'], float(r['ratio'])): r for r in rows if (r['data'], r['size']) == (data, size)}
+        cells = [[f"{number(r['value'])} {between(r['low'], r['high'])}"
+                  for r in (here[kind, ratio] for kind in ('tissue-aware', 'blind'))] for ratio in RATIOS]
+        lines.append([f'{data}, {size}', here['blind', 0.1]['lesions'], *(' / '.join(pair) for pair in cells)])
+    return lines
+
+
+def table_of_occlusion():
+    rows = read('occlusion')
+    lines = heads('we measured', *(f'seed {seed}' for seed in SEEDS), 'mean', 'difference from never')
+    for arm in dict.fromkeys(row['arm'] for row in rows):
+        here = {row['seed']: row for row in rows if row['arm'] == arm}
+        gain = here.get('mean - never')
+        lines.append([arm, *(number(here[str(seed)]['value']) for seed in SEEDS),
+                      f"{number(here['mean']['value'])} {between(here['mean']['low'], here['mean']['high'])}",
+                      f"{number(gain['value'], True)} {between(gain['low'], gain['high'], True)}" if gain else ''])
+    return lines
+
+
+def table_of_attention():
+    rows = read('attention')
+    columns = dict(tissue='attention on tissue', lesion='on the lesion',
+                   lesion_in_tissue='lesion against other tissue, 1 is even',
+                   component_tissue='component: tissue or air, AUC', component_lesion='lesion or other tissue, AUC')
+    lines = heads('we measured', *columns.values())
+    for arm in dict.fromkeys(row['arm'] for row in rows):
+        here = [row for row in rows if row['arm'] == arm]
+        lines.append([arm, *(number(here[0][k]) if len(here) == 1 else spread(row[k] for row in here)
+                             for k in columns)])
+    return lines
+
+
+def pictures(demo, out):
+    """.github/figures: curves.png of the demo's log, pair.png, ablation.png, looks.png."""
+    figures = ROOT / '.github' / 'figures'
+    log = [json.loads(line) for line in (Path(demo) / 'log.jsonl').read_text().splitlines()[1:]]
+    names = dict(image='DINO-M', patch='iBOT-M', slice='DINO-adj', koleo='KoLeo', teacher_entropy='teacher entropy',
+                 effective_rank='effective rank of CLS')
+    side_by_side([curve(title, [(line['step'], line[name]) for line in log]) for name, title in names.items()], 3).save(
+        figures / 'curves.png')
+    pair_picture().save(figures / 'pair.png')
+    looks_picture(out).save(figures / 'looks.png')
+    rows = [row for row in read('ablation') if row['data'] == 'phantoms']
+    panels = {key: [row for row in rows if (row['task'], row['readout']) == key] for key in
+              ((task, readout) for task in ('density', 'lesion') for readout in ('CLS k-NN', 'patches linear'))}
+    side_by_side([dots(f"{task}, {readout}, {'AUC' if task == 'lesion' else 'accuracy'}", found)
+                  for (task, readout), found in panels.items()], 2).save(figures / 'ablation.png')
+
+
+def curve(title, points, width=560, height=400):
+    """One line over the steps of a run, twice as large as it will be shown."""
+    canvas = Image.new('RGB', (width, height), 'white')
+    pen, (x, y) = ImageDraw.Draw(canvas), np.array(points, float).T
+    low, high = (y.min(), y.max()) if np.ptp(y) else (y[0] - 1, y[0] + 1)
+    left, top, right, bottom = 90, 60, width - 30, height - 60
+    at = list(zip(left + (right - left) * (x - x[0]) / np.ptp(x), bottom - (bottom - top) * (y - low) / (high - low)))
+    pen.rectangle((left, top, right, bottom), outline='#BBBBBB', width=2)
+    pen.line(at, finetune.COLOURS[0], 4, joint='curve')
+    pen.text((left, 14), title, 'black', finetune.font(28))
+    for value, place in ((low, bottom), (high, top)):
+        pen.text((left - 10, place), f'{value:.2f}', 'black', finetune.font(22), anchor='rm')
+    pen.text((right, bottom + 10), f'step {int(x[-1])}', 'black', finetune.font(22), anchor='ra')
+    return canvas
+
+
+def dots(title, rows, width=1000, height=520):
+    """A line for each arm: a small dot for each seed, the mean with its interval."""
+    arms = ['random init', *dict.fromkeys(row['arm'] for row in rows if row['arm'] not in ('chance', 'random init'))]
+    seeds = {arm: [float(row['value']) for row in rows if row['arm'] == arm and row['seed'].isdigit()] for arm in arms}
+    mean = {row['arm']: [float(row[k]) for k in ('low', 'value', 'high')] for row in rows if row['seed'] == 'mean'}
+    shown = np.concatenate([*seeds.values(), *mean.values()])
+    low, high = np.floor(shown.min() * 20) / 20, np.ceil(shown.max() * 20) / 20
+    canvas, left, right = Image.new('RGB', (width, height), 'white'), 350, width - 50
+    pen = ImageDraw.Draw(canvas)
+
+    def at(value):
+        return left + (right - left) * (value - low) / (high - low)
+    for tick in np.arange(low, high + 0.01, 0.05):
+        pen.line((at(tick), 60, at(tick), height - 60), '#E5E5E5', 2)
+        pen.text((at(tick), height - 52), f'{tick:.2f}'.replace('0.', '.'), 'black', finetune.font(22), anchor='ma')
+    pen.text((left, 14), title, 'black', finetune.font(28))
+    for i, arm in enumerate(arms):
+        y = 95 + i * (height - 190) / (len(arms) - 1)
+        colour = '#999999' if arm == 'random init' else finetune.COLOURS[0]
+        pen.text((left - 16, y), arm, 'black', finetune.font(24), anchor='rm')
+        pen.line((at(mean[arm][0]), y, at(mean[arm][2]), y), colour, 4)
+        pen.circle((at(mean[arm][1]), y), 11, colour)
+        for value in seeds[arm]:
+            pen.circle((at(value), y + 16), 4, 'black')
+    return canvas
+
+
+def side_by_side(panels, columns):
+    """Panels of one size in rows, shrunk to half for smooth lines."""
+    width, height = panels[0].size
+    sheet = Image.new('RGB', (columns * width, -(-len(panels) // columns) * height), 'white')
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, (i % columns * width, i // columns * height))
+    return finetune.halved(sheet)
+
+
+def pair_picture(d=4, side=300):
+    """A slice and its neighbour d away with the window that both share, the two views of the pair, their difference."""
+    p = phantoms(1, (3, 14), slices=16, lesion=True)[0]
+    k = int(np.clip(p['boxes'][0][0], d, 15 - d))
+    rng = np.random.default_rng(5)
+    box = sampler.crop_box(copy.deepcopy(rng), p['tissue'], (0.25, 0.5), (3 / 4, 4 / 3), 0.7)[0]
+    a, b = (p['pixels'][z] for z in (k, k + d))
+    views = sampler.pair_views(rng, a, b, p['tissue'], side, (0.25, 0.5), rho=0.7, flip=0)
+    panels = [(framed(image, box, side), name) for image, name in ((a, f'slice {k}'), (b, f'slice {k + d}'))]
+    panels += [(view, name) for view, name in zip(views, ('view of the student', 'view of the teacher'))]
+    apart = np.abs(views[0].astype(int) - views[1])
+    panels.append((np.uint8(np.clip(3 * apart, 0, 255)), 'their difference, times 3'))
+    panels = [(np.repeat(image[..., None], 3, -1) if image.ndim == 2 else image, name) for image, name in panels]
+    sheet = Image.new('RGB', (sum(image.shape[1] + 8 for image, _ in panels) + 8, side + 44), 'white')
+    x = 8
+    for image, name in panels:
+        sheet.paste(Image.fromarray(image), (x, 8))
+        ImageDraw.Draw(sheet).text((x, side + 14), name, 'black', finetune.font(18))
+        x += image.shape[1] + 8
+    return sheet
+
+
+def looks_picture(out, side=168, shown=3):
+    """The attention of seed 0 on the first phantoms of `attention`, the lesion in its box."""
+    found, arms = phantoms(shown, (99, 13), lesion=True), ('DINOv2', '+ DINO-M & iBOT-M', 'MammoDINO')
+    encoders = {'random init': untrained(RECIPE | dict(seed=0))} \
+        | {arm: vit.load(f'{out}/{slug(arm)}-0/last.pt') for arm in arms}
+    columns = [np.vstack([framed(p['pixels'][0], p['boxes'][0][[2, 1, 4, 3]], 256) for p in found])]
+    for encoder in encoders.values():
+        with torch.no_grad():
+            heat = encoder.attention(squares(found, side)).mean(1)                      # (shown, h, w)
+        heat = (heat / heat.amax((1, 2), keepdim=True)).numpy()
+        columns.append(np.vstack([vit.overlay(p['pixels'][0], h) for p, h in zip(found, heat)]))
+    names = ['phantom, lesion', *(f'attention, {arm}' for arm in encoders)]
+    return pretrain.captioned(np.hstack(columns), names)
+
+
+def framed(image, box, side):
+    """The image, `side` high, with a window drawn on it, uint8 (side, W, 3)."""
+    f = side / image.shape[0]
+    picture = Image.fromarray(image).convert('RGB').resize((round(image.shape[1] * f), side), Image.Resampling.BICUBIC)
+    y0, x0, y1, x1 = (f * edge for edge in box)
+    ImageDraw.Draw(picture).rectangle((x0, y0, x1 - 1, y1 - 1), outline=(255, 200, 0), width=3)
+    return np.array(picture)
+
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['lesions']:
+        sys.exit(pretrain_with_lesions_masked(sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', choices=('difficulty', 'ablation', 'adjacent', 'tissue', 'thresholds', 'hidden',
+                                         'occlusion', 'attention', 'tables', 'pictures'))
+    parser.add_argument('sources', nargs='*', help='tissue: NAME=FILE of CSV files')
+    parser.add_argument('--out', default='runs/experiments', help='folder of phantoms and encoders')
+    parser.add_argument('--data', help='ablation: prepared mammograms to pretrain on; phantoms without it')
+    parser.add_argument('--mias', help='folder of mini-MIAS')
+    parser.add_argument('--cbis', help='folder of CBIS-DDSM')
+    parser.add_argument('--boxes', help='hidden: boxes in CBIS-DDSM, a list as detect.py takes and writes it')
+    parser.add_argument('--demo', default='runs/demo', help='pictures: the run whose curves are drawn')
+    args = parser.parse_args()
+    if args.what not in ('tables', 'pictures'):
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    if args.what == 'tables':
+        print(*(f'## {name}\n{table}\n' for name, table in tables().items()), sep='\n')
+    elif args.what == 'ablation' and args.data:
+        ablation_on_real_images(args.out, args.data, {k: v for k, v in (('mias', args.mias), ('ddsm', args.cbis)) if v})
+    elif args.what == 'pictures':
+        pictures(args.demo, args.out)
+    elif args.what == 'hidden':
+        hidden(args.out, {name: where for name, where in (
+            ('mini-MIAS', ('mias', args.mias)), ('CBIS-DDSM masses', ('csv', args.boxes))) if where[1]})
+    elif args.what == 'tissue':
+        tissue(args.out, args.sources)
+    else:
+        globals()[args.what](args.out)

@@ -1,0 +1,101 @@
+"""The experiments: what their figures rest on. The experiments themselves take hours and are no tests."""
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import experiments
+import pretrain
+from experiments import ARMS, RECIPE, LesionsMasked
+
+
+def test_a_recipe_becomes_the_command_line_that_gives_it():
+    recipe = RECIPE | ARMS['DINOv2'] | dict(data='x', percentile=25.0, volume_items=False)
+    assert pretrain.parse(pretrain.Config, experiments.flags(recipe)) == pretrain.Config(**recipe)
+
+
+def test_arms_without_slice_pairs_get_the_steps_that_they_save():
+    """By hand, at 84 and 42 pixels: 37 and 10 tokens; the student sees 2 + 4 views and a slice, forward and backward,
+    the teacher 2 views and a slice."""
+    views, pair = 3 * (2 * 37 + 4 * 10) + 2 * 37, (3 + 1) * 37
+    assert experiments.steps_of(RECIPE, 1 / 3) == RECIPE['steps']
+    assert experiments.steps_of(RECIPE | dict(slice_weight=0.0), 1 / 3) == round(
+        RECIPE['steps'] * (views + pair / 3) / views)
+
+
+@pytest.mark.parametrize('always', [True, False])
+def test_lesions_are_always_or_never_masked_and_as_many_patches_as_before(always, tmp_path, monkeypatch):
+    """The lesion is the only white in the image, so that it can be found in the views themselves."""
+    rng, box = np.random.default_rng(0), (70, 100, 80, 112)                             # x0 y0 x1 y1
+    y, x = np.mgrid[:256, :192]
+    image = np.uint8(((y - 128) ** 2 / 120 ** 2 + x ** 2 / 150 ** 2 < 1) * rng.integers(80, 120, (256, 192)))
+    image[100:112, 70:80] = 255
+    np.save(tmp_path / 'a.npy', image)
+    cfg = pretrain.Config(**RECIPE | dict(data=str(tmp_path), mask_prob=1.0, jitter=0.0, blurs=(0.0, 0.0, 0.0)))
+    monkeypatch.setattr(LesionsMasked, 'boxes', {'a.npy': box})
+    monkeypatch.setattr(LesionsMasked, 'always', always)
+    plain, marked = (kind(cfg, [str(tmp_path / 'a.npy')], [1]) for kind in (pretrain.Slices, LesionsMasked))
+    changed, shown = 0, 0
+    for i in range(40):
+        before, after = plain[i], marked[i]
+        assert (before['globals'] == after['globals']).all()
+        assert (before['masks'].sum(1) == after['masks'].sum(1)).all()
+        white = after['globals'].reshape(2, 6, 14, 6, 14).swapaxes(2, 3).reshape(2, 36, 196) > 180
+        lesion = white.mean(2) > 0.05                       # a resampled edge reaches a pixel farther
+        assert (after['masks'][lesion] == always).all()
+        changed, shown = changed + (before['masks'] != after['masks']).sum(), shown + lesion.sum()
+    assert changed and shown
+
+
+def test_linear_and_k_nn_read_what_can_be_read_and_never_from_the_same_patient():
+    rng = np.random.default_rng(0)
+    y, groups = np.repeat([0, 1, 2], 60), np.arange(180)
+    x = np.eye(8)[y] + rng.normal(0, 0.1, (180, 8))
+    for predict in (experiments.linear, experiments.nearest):
+        assert experiments.value_of(y, predict(x, y, groups)) > 0.95
+    twins = rng.normal(size=(90, 8)).repeat(2, 0)                                       # a patient's two images are one
+    y, patients = rng.integers(2, size=90).repeat(2), np.arange(90).repeat(2)
+    assert experiments.value_of(y, experiments.nearest(twins, y, np.arange(180))) > 0.9
+    for predict in (experiments.linear, experiments.nearest):
+        assert abs(experiments.value_of(y, predict(twins, y, patients)) - 0.5) < 0.2    # 3.3 standard errors
+
+
+def test_coherence_of_volumes_on_a_circle_is_known():
+    """Slice k of volume v stands at v * 90 + k * 2 degrees."""
+    angle = np.deg2rad(np.arange(4)[:, None] * 90 + np.arange(16) * 2)
+    found = experiments.coherence(np.stack([np.cos(angle), np.sin(angle)], -1))
+    for d in experiments.DISTANCES:
+        assert found[f'cosine_{d}'] == pytest.approx(np.cos(np.deg2rad(2 * d)))
+    assert found['retrieval'] == found['retrieval_8'] == 1 and found['depth'] > 0.99
+    between = [np.cos(a - b) for i, one in enumerate(angle) for j, two in enumerate(angle) if i != j
+               for a in one for b in two]
+    assert found['between'] == pytest.approx(np.mean(between))
+
+
+def test_a_lesion_is_under_a_mask_where_all_patches_that_it_touches_are(monkeypatch):
+    """A lesion of the whole image is covered by a mask of everything alone; one of a pixel as often as its patch."""
+    monkeypatch.setattr(experiments, 'RATIOS', (0.3, 1.0))
+    monkeypatch.setattr(experiments.mask, 'read', lambda path: np.full((222, 222), 100, np.uint8))
+    monkeypatch.setattr(experiments.mask, 'tissue', lambda image, *_: np.ones(image.shape, bool))
+    monkeypatch.setattr(experiments.sampler, 'crop_box', lambda *_: ((0, 0, 222, 222), False))
+    volume = experiments.detect.Volume(('a',), 'a', lesions=[(0, 0, 0, 222, 222, ''), (0, 100, 30, 101, 31, '')])
+    for number, side, kind, ratio, masked in experiments.under_masks(volume, np.random.default_rng(0), draws=3):
+        assert masked.shape == ((37, 37) if number == 0 else (1, 1))
+        assert side == pytest.approx(1 if number == 0 else 1 / 222)
+        assert masked.all() == (ratio == 1) or number == 1
+        if number == 0:
+            assert masked.sum() == round(ratio * 37 * 37)
+
+
+def test_the_readme_holds_the_tables_of_the_results():
+    readme = (ROOT / 'README.md').read_text()
+    for name, table in experiments.tables().items():
+        assert table in readme, f'`python tests/experiments.py tables` prints another table of {name}'
+
+
+def test_features_of_an_image_do_not_depend_on_its_neighbours():
+    encoder = experiments.untrained(RECIPE)
+    images = list(np.random.default_rng(0).integers(0, 255, (5, 90, 70), np.uint8))
+    together, alone = experiments.features(encoder, images, chunk=2), experiments.features(encoder, images[3:4])
+    for many, one in zip(together, alone):
+        torch.testing.assert_close(many[3:4], one, rtol=1e-4, atol=1e-5)
