@@ -244,6 +244,7 @@ def write(name, rows, **more):
 
 
 def read(name):
+    """The rows of tests/results/NAME.csv, as text; none where there is no such file."""
     path = RESULTS / f'{name}.csv'
     if not path.exists():
         return []
@@ -298,6 +299,7 @@ def window_areas(tests, recipe, most=100):
 
 
 def mixed(out, seed):
+    """The training phantoms of a seed of the ablation."""
     return folder_of(out, f'phantoms-{seed}', 256, (seed, 6), slices=8, every=3)
 
 
@@ -564,9 +566,7 @@ class LesionsMasked(pretrain.Slices):
     def sample(self, rng, file, frame):
         before, out = copy.deepcopy(rng), super().sample(rng, file, frame)
         image = self.load(file, frame)
-        x0, y0, x1, y1 = self.boxes[Path(self.files[file]).name]
-        lesion = np.zeros(image.shape, bool)
-        lesion[int(y0):int(np.ceil(y1)), int(x0):int(np.ceil(x1))] = True
+        lesion = box_mask(image.shape, self.boxes[Path(self.files[file]).name])
         breast = mask.tissue(image, self.cfg.percentile, self.cfg.kernel)
         shares = [self.shares(copy.deepcopy(before), image, m, breast) for m in (lesion, breast)]
         for z, on, tissue in zip(out['masks'], *shares):
@@ -671,7 +671,8 @@ def attention(out, side=168):
     from other tissue, AUC turned to be above .5. `brightness` takes the grey of the patch for both, `even` a
     constant."""
     tests, n = phantoms(200, (99, 13), lesion=True), side // 14
-    where = np.array([[sampler.tissue_grid(m, (0, 0, *m.shape), n, n).ravel() for m in (p['tissue'], lesion_of(p))]
+    where = np.array([[sampler.tissue_grid(m, (0, 0, *m.shape), n, n).ravel()
+                       for m in (p['tissue'], box_mask(p['tissue'].shape, p['boxes'][0][1:]))]
                       for p in tests]).swapaxes(0, 1)                                   # (2, phantoms, N)
     grey = squares(tests, side)
     brightness = torch.nn.functional.avg_pool2d(grey, 14).flatten(1).numpy()
@@ -696,12 +697,11 @@ def squares(found, side):
     return torch.from_numpy(np.stack(images))[:, None].float() / 255
 
 
-def lesion_of(phantom):
-    """The first box of a phantom as a mask."""
-    _, x0, y0, x1, y1 = phantom['boxes'][0]
-    lesion = np.zeros(phantom['tissue'].shape, bool)
-    lesion[int(y0):int(np.ceil(y1)), int(x0):int(np.ceil(x1))] = True
-    return lesion
+def box_mask(shape, box):
+    """The pixels that a box (x0, y0, x1, y1) touches, bool (H, W)."""
+    inside, (x0, y0, x1, y1) = np.zeros(shape, bool), box
+    inside[int(y0):int(np.ceil(y1)), int(x0):int(np.ceil(x1))] = True
+    return inside
 
 
 def looks(heat, component, tissue, lesion):
@@ -742,10 +742,12 @@ def number(v, signed=False):
 
 
 def between(low, high, signed=False):
+    """[.123, .456]"""
     return f'[{number(low, signed)}, {number(high, signed)}]'
 
 
 def heads(*names):
+    """The first two lines of a table."""
     return [names, ['---'] * len(names)]
 
 
@@ -785,8 +787,8 @@ def table_of_distances():
     lines = heads('we measured', *shown.values())
     for arm in dict.fromkeys(row['arm'] for row in rows):
         here = [row for row in rows if row['arm'] == arm]
-        cells = [number(np.mean([float(row[k]) for row in here])) if here[0][k] else '' for k in list(shown)[:-1]]
-        lines.append([arm, *cells, spread(r['density_k_nn'] for r in here) if here[0]['density_k_nn'] else ''])
+        lines.append([arm, *('' if not here[0][k] else number(here[0][k]) if len(here) == 1
+                             else spread(row[k] for row in here) for k in shown)])
     return lines
 
 
@@ -994,4 +996,5 @@ if __name__ == '__main__':
     elif args.what == 'tissue':
         tissue(args.out, args.sources)
     else:
-        globals()[args.what](args.out)
+        dict(difficulty=difficulty, ablation=ablation, adjacent=adjacent, thresholds=thresholds, occlusion=occlusion,
+             attention=attention)[args.what](args.out)
