@@ -1267,6 +1267,7 @@ def pixels(images, device):
 
 
 def autocast(cfg, device):
+    """bf16 where --amp asks for it, on GPUs by default."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if cfg.amp is None else cfg.amp)
 
 
@@ -1710,7 +1711,7 @@ def cell(v):
 
 
 def plain(value):
-    """For JSON: numbers of numpy as Python's, NaN as null."""
+    """For JSON, which knows no NaN: null; names as text."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -1968,6 +1969,17 @@ def predict(argv, device):
           + (', finding_*.png' if found else ''))
 
 
+def config_of(values):
+    """The configuration in a file; lists become tuples again, names of no field are left out. TypeError where a value
+    is of another type than its field's annotation, which lists what may stand there."""
+    kinds = {f.name: str(f.type).replace('float', 'float int') for f in fields(Config)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in kinds}
+    wrong = [k for k, v in values.items() if v is not None and type(v).__name__ not in kinds[k]]
+    if wrong:
+        raise TypeError(f"values of another type: {', '.join(wrong)}")
+    return Config(**values)
+
+
 def restored(run):
     """-> configuration, detector with its best weights, and `best` of a run, as `train` gives it."""
     path = Path(run) / 'last.pt' if os.path.isdir(run) else Path(run)
@@ -1976,10 +1988,7 @@ def restored(run):
     encoder = vit.load(path)
     state = vit.read(path)
     try:
-        kinds = {f.name: str(f.type).replace('float', 'float int') for f in fields(Config)}
-        cfg = Config(**{k: v for k, v in state['config'].items() if k in kinds})
-        if any(v is not None and type(v).__name__ not in kinds[k] for k, v in asdict(cfg).items()):
-            raise TypeError('values of another type')
+        cfg = config_of(state['config'])
         check(cfg, 1)
         detector = Detector(encoder, cfg.channels, cfg.dropout, cfg.freeze)
         if not isinstance(state['best'], dict):
@@ -1991,7 +2000,7 @@ def restored(run):
     return replace(cfg, workers=0, images=None, resume=False), detector.eval(), best
 
 
-# ---- the demo -------------------------------------------------------------------------------------------------------
+# ---- the demo, no part of the method --------------------------------------------------------------------------------
 
 DEMO = dict(out='runs/detect-demo', size=252, channels=64, epochs=7, batch=16, micro_batch=16, lr=2e-3, workers=0,
             min_distance=10.0, dropout=0.05)                # 100 pixels of 2457 are 10 of a phantom's 256

@@ -1346,9 +1346,9 @@ def cell(m):
 
 
 def plain(value):
-    """For JSON, which knows no NaN: None."""
+    """For JSON, which knows no NaN: null; names as text."""
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -1682,7 +1682,8 @@ def stored(folder):
 
 
 def config_of(values):
-    """The configuration in a file; lists become tuples again. TypeError where a value is of another type."""
+    """The configuration in a file; lists become tuples again, names of no field are left out. TypeError where a value
+    is of another type than its field's annotation, which lists what may stand there."""
     kinds = {f.name: str(f.type).replace('float', 'float int') for f in fields(Config)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in kinds}
     wrong = [k for k, v in values.items() if v is not None and type(v).__name__ not in kinds[k]]
@@ -1799,7 +1800,7 @@ def restored(path, encoder, state):
     return cfg, classes, head, threshold
 
 
-# ---- the demo -------------------------------------------------------------------------------------------------------
+# ---- the demo, no part of the method --------------------------------------------------------------------------------
 
 DEMO = dict(out='runs/finetune-demo', search=6, workers=0, epochs=60)
 

@@ -1100,7 +1100,7 @@ def main(cfg):
     dist.destroy_process_group()
 
 
-# ---- the demo ------------------------------------------------------------------------------------------------------
+# ---- the demo, no part of the method -------------------------------------------------------------------------------
 
 def make_phantoms(cfg, rank):
     """Breasts for the demo, prepared like any data set: min-max, CLAHE, one .npy each. -> their folder."""

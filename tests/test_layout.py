@@ -12,7 +12,8 @@ MAY_IMPORT = {**{leaf: set() for leaf in LEAVES}, 'pretrain': set(LEAVES), 'fine
               'detect': {'mask', 'vit'}}
 PACKAGES = {'torch', 'numpy', 'PIL', 'pydicom', 'scipy', 'tqdm'}
 SCRIPTS = [name for name in ('pretrain', 'finetune', 'detect') if (ROOT / f'{name}.py').exists()]
-SHARED = ('option', 'parse', 'setup', 'save', 'cosine', 'commit', 'knn', 'resample', 'bootstrap', 'mcnemar')
+SHARED = ('option', 'parse', 'setup', 'save', 'cosine', 'commit', 'knn', 'resample', 'bootstrap', 'mcnemar',
+          'config_of', 'plain')
 
 
 def source(name):
