@@ -666,10 +666,10 @@ def attention(out, side=168):
     tokens tells, on 200 test phantoms with a lesion squashed to 168 x 168, where a patch holds about as much of the
     breast as in training; encoders of the ablation.
 
-    tissue, lesion: share of the attention there, and `lesion_in_tissue`, (lesion / tissue) of the attention over the
-    same of the area. component_tissue, component_lesion: how well the component alone tells tissue from air and lesion
-    from other tissue, AUC turned to be above .5. `brightness` takes the grey of the patch for both, `even` a
-    constant."""
+    tissue, lesion: share of the attention there, and `lesion_to_tissue`, (lesion's box / other tissue) of the attention
+    over the same of the area. component_tissue, component_lesion: how well the component alone tells tissue from air
+    and lesion from other tissue, AUC turned to be above .5 for each phantom. `brightness` takes the grey of the patch
+    for both, `even` a constant."""
     tests, n = phantoms(200, (99, 13), lesion=True), side // 14
     where = np.array([[sampler.tissue_grid(m, (0, 0, *m.shape), n, n).ravel()
                        for m in (p['tissue'], box_mask(p['tissue'].shape, p['boxes'][0][1:]))]
@@ -710,7 +710,8 @@ def looks(heat, component, tissue, lesion):
     heat, values = heat / heat.sum(1, keepdims=True), {}
     mass, area = ([(h * m).sum(1) for m in (tissue, lesion)] for h in (heat, np.full_like(heat, 1 / heat.shape[1])))
     found = dict(tissue=(lambda t, *_: t.mean(), mass), lesion=(lambda _, m: m.mean(), mass),
-                 lesion_in_tissue=(lambda t, m, at, am: m.sum() / t.sum() * at.sum() / am.sum(), [*mass, *area]))
+                 lesion_to_tissue=(lambda t, m, at, am: m.sum() / (t - m).sum() * (at - am).sum() / am.sum(),
+                                   [*mass, *area]))
     for name, (metric, arrays) in found.items():
         low, high = pretrain.bootstrap(metric, arrays, np.arange(len(heat)), np.random.default_rng(0), n=500)
         values |= {name: metric(*arrays), f'{name}_low': low, f'{name}_high': high}
@@ -843,8 +844,8 @@ def table_of_occlusion():
 def table_of_attention():
     rows = read('attention')
     columns = dict(tissue='attention on tissue', lesion='on the lesion',
-                   lesion_in_tissue='lesion against other tissue, 1 is even',
-                   component_tissue='component: tissue or air, AUC', component_lesion='lesion or other tissue, AUC')
+                   lesion_to_tissue='lesion against other tissue, 1 is even',
+                   component_tissue='component: tissue or air', component_lesion='lesion or other tissue')
     lines = heads('we measured', *columns.values())
     for arm in dict.fromkeys(row['arm'] for row in rows):
         here = [row for row in rows if row['arm'] == arm]
