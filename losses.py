@@ -18,6 +18,7 @@ Copy this file alone; it imports nothing of this repository.
     $ python losses.py       # the loss of an untrained network beside log K, and each term's gradient
 """
 import math
+import sys
 
 import torch
 import torch.distributed as dist
@@ -232,6 +233,8 @@ def first_of_each(ids):
 
 
 if __name__ == '__main__':
+    if {'-h', '--help'} & {*sys.argv}:
+        sys.exit(print(__doc__))
     torch.manual_seed(0)
     B, D, K = 16, 128, 4096
     head, center = Head(D, K), Center(K)

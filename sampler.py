@@ -177,9 +177,13 @@ def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scal
 
     jitter, blurs (first global, second global, locals), solarizes (second global only) and flip are probabilities.
     `placement` is the mask that places the windows, `tissue` by default; all true gives DINOv2's uniform windows.
+    Raises ValueError for an image that is not uint8, and for masks of another shape.
     Blur comes last so that the photometry is one table; DINOv2 solarizes after it.
     """
     placement = tissue if placement is None else placement
+    if image.dtype != np.uint8 or not image.shape == tissue.shape == placement.shape:
+        raise ValueError(f'an image of shape {image.shape} and type {image.dtype}, tissue {tissue.shape}; '
+                         'expected uint8 and masks of its shape')
     out = dict(globals=[], locals=[], grids=[], boxes=[], relaxed=[])
     for v in range(2 + locals):
         kind, side, area = ('globals', size, scale) if v < 2 else ('locals', local_size, local_scale)
@@ -399,6 +403,8 @@ def _load(path):
 
 
 if __name__ == '__main__':
+    if {'-h', '--help'} & {*sys.argv}:
+        sys.exit(print(__doc__))
     picture, tissue = _example()
     if len(sys.argv) > 1:
         try:

@@ -395,9 +395,12 @@ def _load_grey(path):
     """A prepared image, 8 bit, any format Pillow opens or .npy; of a volume the middle slice. For DICOM see mask.py."""
     try:
         with warnings.catch_warnings(action='ignore'):
-            grey = np.load(path, mmap_mode='r', allow_pickle=False) if path.endswith('.npy') else \
-                np.array(Image.open(path))
-        grey = np.array(grey[len(grey) // 2] if grey.ndim == 3 else grey)
+            if path.endswith('.npy'):
+                grey = np.load(path, mmap_mode='r', allow_pickle=False)
+                grey = np.array(grey[len(grey) // 2] if grey.ndim == 3 else grey)
+            else:
+                picture = Image.open(path)
+                grey = np.array(picture.convert('L') if picture.mode in ('RGB', 'RGBA', 'LA', 'P') else picture)
     except Exception as error:
         reason = getattr(error, 'strerror', None) or f'not an image ({type(error).__name__})'
         raise ValueError(f'{path}: {reason}') from error
@@ -425,6 +428,8 @@ def _main(arguments):
 
 
 if __name__ == '__main__':
+    if {'-h', '--help'} & {*sys.argv}:
+        sys.exit(print(__doc__))
     try:
         _main(sys.argv[1:])
     except (ValueError, OSError) as problem:

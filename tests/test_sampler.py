@@ -316,3 +316,10 @@ def test_the_contact_sheet_shows_both_laws(tmp_path):
     done = subprocess.run([sys.executable, ROOT / 'sampler.py'], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / 'views.png').width > 900
+
+
+def test_views_refuse_what_does_not_fit():
+    image, tissue = np.zeros((64, 48), np.uint8), np.ones((64, 48), bool)
+    for wrong in ((image.astype(np.float32), tissue), (image, tissue[:32])):
+        with pytest.raises(ValueError, match='expected uint8 and masks of its shape'):
+            sampler.views(np.random.default_rng(0), *wrong)

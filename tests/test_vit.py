@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CASES, ROOT
+from PIL import Image
 from torch import nn
 
 import vit
@@ -212,3 +213,11 @@ def test_heatmaps_and_the_command_line(tmp_path):
     done = subprocess.run([sys.executable, ROOT / 'vit.py', 'a.npy', 'c.pt'], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0 and (tmp_path / 'heatmap.png').exists(), done.stderr
+
+
+def test_a_colour_picture_is_read_as_grey_and_of_a_volume_the_middle_slice(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 255, (20, 30), np.uint8)
+    Image.fromarray(np.repeat(grey[..., None], 3, axis=2)).save(tmp_path / 'rgb.png')
+    np.save(tmp_path / 'volume.npy', np.stack([grey // 2, grey, grey // 3]))
+    for name in ('rgb.png', 'volume.npy'):
+        assert (vit._load_grey(str(tmp_path / name)) == grey).all(), name
