@@ -304,10 +304,12 @@ def mixed(out, seed):
 
 
 def labels_of(found):
+    """Density 0..3 and lesion 0 or 1 of phantoms."""
     return dict(density=np.array([p['density'] for p in found]), lesion=np.array([p['cancer'] for p in found]))
 
 
 def slug(arm):
+    """The name of an arm as a folder."""
     return ''.join(c if c.isalnum() else '-' for c in arm.lower()).strip('-')
 
 
@@ -440,8 +442,7 @@ def tissue(out, sources, draws=10, most=100):
                                       (m & t).sum() / (m | t).sum()) for m, t in masks])
                     row |= dict(kept=kept[:, 0].mean(), admitted=kept[:, 1].mean(), median_iou=np.median(kept[:, 2]),
                                 least_iou=kept[:, 2].min())
-                rows.append(dict.fromkeys(('source', 'density', 'rule', 'n', 'share', 'kept', 'admitted', 'median_iou',
-                                           'least_iou'), '') | row)
+                rows.append(row)
             if rule in (40, None):
                 relaxed += relaxations(source, rule, [(m, d) for m, _, d in made], draws)
     write('tissue', rows)
@@ -449,6 +450,7 @@ def tissue(out, sources, draws=10, most=100):
 
 
 def phantom_images():
+    """`labelled` of 120 phantoms."""
     return [(p['pixels'][0], p['tissue'], str(p['density'])) for p in phantoms(120, (99, 10))]
 
 
@@ -781,6 +783,7 @@ def table_of_arms(name, data=None):
 
 
 def table_of_distances():
+    """Mean and range of the seeds."""
     shown = dict(cosine_1='d = 1', cosine_2='2', cosine_4='4', cosine_8='8', between='other volumes',
                  cosine_1_centred='mean removed: d = 1', cosine_8_centred='8', retrieval='same volume nearest',
                  retrieval_8_windows='8 apart, windows', depth='depth', density_k_nn='density, middle slice, CLS k-NN')
@@ -794,6 +797,7 @@ def table_of_distances():
 
 
 def table_of_masks():
+    """Kept, admitted and median IoU, or the share of the image where there is no truth."""
     rows = [row for row in read('tissue') if row['rule'] in ('25', '40', '50', '60', '80', 'self-tuning')]
     lines = heads('we measured', 'n', *(f'tau = {rule}' if rule.isdigit() else rule
                                         for rule in dict.fromkeys(row['rule'] for row in rows)))
@@ -808,6 +812,7 @@ def table_of_masks():
 
 
 def table_of_relaxations():
+    """Global crops, local crops, masks."""
     rows = [row for row in read('relaxed') if row['density'] == 'all' and row['rule'] == 'self-tuning']
     sources = list(dict.fromkeys(row['source'] for row in rows))
     lines = heads('we measured, rho', *sources)
@@ -819,6 +824,7 @@ def table_of_relaxations():
 
 
 def table_of_hidden_lesions():
+    """Tissue-aware / blind."""
     rows = read('hidden')
     lines = heads('we measured', 'lesions', *(f'ratio {ratio}' for ratio in RATIOS))
     for data, size in dict.fromkeys((row['data'], row['size']) for row in rows):
@@ -830,6 +836,7 @@ def table_of_hidden_lesions():
 
 
 def table_of_occlusion():
+    """Mean sensitivity at 1 to 4 false positives."""
     rows = read('occlusion')
     lines = heads('we measured', *(f'seed {seed}' for seed in SEEDS), 'mean', 'difference from never')
     for arm in dict.fromkeys(row['arm'] for row in rows):
@@ -842,6 +849,7 @@ def table_of_occlusion():
 
 
 def table_of_attention():
+    """Mean and range of the seeds."""
     rows = read('attention')
     columns = dict(tissue='attention on tissue', lesion='on the lesion',
                    lesion_to_tissue='lesion against other tissue, 1 is even',

@@ -161,7 +161,8 @@ def test_clahe_is_for_every_file_but_prepared_ones(folder, tmp_path):
 def test_blind_crops_and_blind_masks_are_two_arms(folder, monkeypatch):
     seen = {}
     views, patch_mask = pretrain.sampler.views, pretrain.sampler.patch_mask
-    monkeypatch.setattr(pretrain.sampler, 'views', lambda *a, **k: seen.update(placement=k['placement']) or views(*a, **k))
+    monkeypatch.setattr(pretrain.sampler, 'views',
+                        lambda *a, **k: seen.update(placement=k['placement']) or views(*a, **k))
     monkeypatch.setattr(pretrain.sampler, 'patch_mask',
                         lambda rng, grid, *a, **k: seen.update(grid=grid) or patch_mask(rng, grid, *a, **k))
     for crops, masks in [(False, False), (True, False), (False, True), (True, True)]:
