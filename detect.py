@@ -1,11 +1,17 @@
 """Lesions in mammograms and tomosynthesis (DBT) volumes: FPN-RetinaNet on the ViT (DBT-DINO, arXiv 2512.13608, 2.4,
-3.5, 6.2.3), scored by FROC as the DBTex challenge counts it.
+3.5, 6.2.3), or DINO-DETR (IHRRB-DINO; detr.py), scored by FROC as the DBTex challenge counts it.
 
     $ python detect.py                                                            # phantoms, no data needed
     $ torchrun --nproc-per-node 8 detect.py --dataset bcs --root DIR --encoder runs/mammodino/last.pt --out RUN
     $ python detect.py predict FILE --checkpoint RUN                              # findings.json and pictures
     $ python detect.py score RUN_A RUN_B                                          # FROC with intervals, McNemar, AP
     $ python detect.py score submission.csv --labels LABELS.csv --boxes BOXES.csv     # in the challenge's own format
+
+Fused representations of synthetic (SM) and full-field mammograms (FFDM), of which the end needs SM alone:
+
+    $ python detect.py --root SM.csv --out A; python detect.py --root FFDM.csv --out C                # stage I
+    $ python detect.py --root SM.csv --paired FFDM.csv --mimic C --out B                              # II: C from SM
+    $ python detect.py --root SM.csv --start A --fuse B --out FUSED                                   # III
 
 A slice, squashed to S x S pixels, becomes patch tokens of a frozen or finetuned encoder, four pyramid levels, and for
 each of A anchors a logit and four deltas. The boxes of all slices of a volume merge into findings, which go back to
@@ -29,9 +35,10 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from inspect import cleandoc
 from pathlib import Path
 
@@ -45,6 +52,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import detr
 import mask
 import vit
 
@@ -59,7 +67,7 @@ def option(default, source, text, group=None):
 @dataclass
 class Config:
     """Every field is a flag. Source: [6.2.3] and the like are sections of DBT-DINO (arXiv 2512.13608), [retinanet] is
-    Lin 2017, [dbtex] the challenge, [ours]."""
+    Lin 2017, [dino] the DINO detector (Zhang 2022), [fused] the paper on FFDM and SM, [dbtex] the challenge, [ours]."""
     dataset: str = option('csv', 'ours', 'bcs, vindr, cbis, mias or csv, a list of your own', group='data and run')
     root: str | None = option(None, 'ours', 'the data set as published, or a list; without it, a demo on phantoms')
     images: str | None = option(None, 'ours', 'where `mask.py prepare` put the images of --root')
@@ -77,8 +85,14 @@ class Config:
     workers: int = option(min(4, os.cpu_count() or 1), 'ours', 'data processes per rank')
     max_bad: float = option(0.05, 'ours', 'stop above this share of unusable files')
 
-    channels: int = option(256, '6.2.3', 'width of the pyramid and of the towers, a multiple of 32', group='detector')
-    dropout: float = option(0.1, '6.2.3', 'channels dropped before the last layer, half as many before the others')
+    channels: int = option(256, '6.2.3', 'width of the pyramid and of the head, a multiple of 32', group='detector')
+    head: str = option('retinanet', '6.2.3', 'retinanet, or detr: DINO-DETR (detr.py)')
+    top: int = option(50, 'ours', 'boxes kept in a slice, and findings in a volume')
+    overlap: float = option(0.5, 'ours', 'boxes of neighbouring slices that share this much of the smaller one are one')
+    gap: int = option(1, 'ours', 'slices from one box of a finding to the next, at most')
+
+    dropout: float = option(0.1, '6.2.3', 'channels dropped before the last layer, half as many before the others',
+                            group='RetinaNet')
     high: float = option(0.5, 'retinanet', 'an anchor of this IoU or more with a lesion is positive')
     low: float = option(0.4, 'retinanet', 'below this it is background, between the two it is ignored')
     alpha: float = option(0.25, 'retinanet', 'focal loss: weight of the positives')
@@ -86,18 +100,29 @@ class Config:
     smoothing: float = option(0.0, '6.2.3', 'positives aim at 1 - smoothing')
     ratio: float = option(1.0, '6.2.3', 'weight of the focal loss against the box loss')
     nms: float = option(0.1, '6.2.3', 'of two boxes in a slice that overlap by more (IoU), one stays')
-    top: int = option(50, 'ours', 'boxes kept in a slice, and findings in a volume')
-    overlap: float = option(0.5, 'ours', 'boxes of neighbouring slices that share this much of the smaller one are one')
-    gap: int = option(1, 'ours', 'slices from one box of a finding to the next, at most')
+
+    queries: int = option(300, 'dino', 'boxes that the decoder refines; 900 there', group='DINO-DETR')
+    layers: tuple[int, int] = option((2, 6), 'dino', 'of encoder and decoder; 6 6 there, but a ViT has looked around')
+
+    denoising: int = option(100, 'dino', 'noisy copies of the lesions, divided by the most in an image, and as many to '
+                            'reject')
+
+    paired: str | None = option(None, 'fused', 'a list like that of --root: the other images of the same exams and '
+                                'views, such as FFDM for SM', group='fused representations')
+    mimic: str | None = option(None, 'fused', 'stage II: learn the pyramid of this run on --paired from the images of '
+                               '--root alone')
+    fuse: str | None = option(None, 'fused', 'stage III: the levels of this run, frozen, beside the trained ones')
+    start: str | None = option(None, 'ours', 'encoder, pyramid and head start from this run; with --mimic by default '
+                               'from that one')
 
     epochs: int = option(50, '6.2.3', 'at most; 0 scores an untrained detector', group='optimization')
     patience: int = option(10, '6.2.3', 'epochs without a better validation before training stops')
     batch: int = option(64, '6.2.3', 'slices per step, over all ranks')
     micro_batch: int = option(8, 'ours', 'slices per rank at once, the rest is accumulated')
-    lr: float = option(5e-4, 'ours', 'peak learning rate')
+    lr: float | None = option(None, 'ours', 'peak learning rate; by default 5e-4, of DINO-DETR 1e-4 [dino]')
     wd: float = option(1e-4, 'ours', 'weight decay')
     layer_decay: float = option(0.75, 'ours', 'with --no-freeze: learning rate factor per block below the top')
-    clip: float = option(1.0, 'ours', 'gradient norm at most')
+    clip: float | None = option(None, 'ours', 'gradient norm at most; by default 1, of DINO-DETR 0.1 [dino]')
     search: int = option(0, '6.2.3', 'random trials over the ranges of the paper, the best on validation; 200 there')
     amp: bool | None = option(None, '6.2.3', 'bf16 autocast; by default on GPUs only')
 
@@ -106,6 +131,10 @@ class Config:
     draws: int = option(1000, '2.5', 'bootstrap draws of patients')
 
     phantoms: int = option(300, 'ours', 'volumes, of which 65 % train, 10 % choose and 25 % test', group='demo')
+
+    def __post_init__(self):
+        by_head = dict(detr=(1e-4, 0.1)).get(self.head, (5e-4, 1.0))
+        self.lr, self.clip = (own if value is None else value for value, own in zip((self.lr, self.clip), by_head))
 
 
 def parse(config, argv, demo=None, source='data'):
@@ -189,7 +218,7 @@ def check(cfg, ranks):
         raise ValueError(f"--dataset {cfg.dataset}: expected {', '.join(DATASETS)}")
     wrong = [f'--{name} {getattr(cfg, name)} must be above 0 and finite' for name in (
         'patience', 'batch', 'micro_batch', 'lr', 'layer_decay', 'clip', 'channels', 'top', 'gap', 'draws', 'ratio',
-        'min_distance') if not 0 < getattr(cfg, name) < math.inf]
+        'queries', 'denoising', 'min_distance') if not 0 < getattr(cfg, name) < math.inf]
     wrong += [f'--{name} {getattr(cfg, name)} must be 0 or more and finite' for name in (
         'seed', 'workers', 'epochs', 'search', 'wd', 'normals', 'gamma') if not 0 <= getattr(cfg, name) < math.inf]
     wrong += [f'--{name} {getattr(cfg, name)} must lie in 0 … 1' for name in (
@@ -209,6 +238,20 @@ def check(cfg, ranks):
         wrong.append(f'--dataset {cfg.dataset} needs --root DIR')
     if cfg.root == '':
         wrong.append('--root is empty; give a data set, or leave it out for the demo')
+    if cfg.head not in ('retinanet', 'detr'):
+        wrong.append(f'--head {cfg.head}: expected retinanet or detr')
+    if min(cfg.layers) < 0 or not cfg.layers[1]:
+        wrong.append(f'--layers {cfg.layers[0]} {cfg.layers[1]}: expected 0 or more, and 1 or more')
+    if cfg.search and (cfg.head != Config.head or cfg.mimic):
+        wrong.append('--search draws the settings of RetinaNet; it goes with neither --head detr nor --mimic')
+    if cfg.mimic and (cfg.fuse or not cfg.paired):
+        wrong.append('--mimic needs --paired LIST, and no --fuse: they are two stages')
+    if cfg.paired and not (cfg.mimic or cfg.fuse):
+        wrong.append('--paired goes with --mimic, or with --fuse of a run on those images')
+    if (cfg.paired or cfg.mimic or cfg.fuse) and cfg.root is None:
+        wrong.append('--paired, --mimic and --fuse need --root DIR')
+    if cfg.mimic and not cfg.epochs:
+        wrong.append('--mimic with --epochs 0 learns nothing')
     if cfg.search and not cfg.epochs:
         wrong.append('--search with --epochs 0 has nothing to compare')
     if wrong:
@@ -243,6 +286,12 @@ def anchors(size):
         middle = torch.stack([x, y], dim=-1).view(-1, 1, 2)                             # (cells^2, 1, 2)
         levels.append(torch.cat([middle - half, middle + half], dim=-1).view(-1, 4))
     return torch.cat(levels).float()
+
+
+@lru_cache(maxsize=2)
+def places(size, device):
+    """`anchors` on a device, made once"""
+    return anchors(size).to(device)
 
 
 def encode(boxes, anchors):
@@ -350,16 +399,13 @@ class Tower(nn.Module):
             return self.answer(x.float())
 
 
-class Detector(nn.Module):
-    """Images (B, 1, S, S) in [0, 1] -> logits (B, A) and deltas (B, A, 4), in the order of `anchors`."""
+class Features(nn.Module):
+    """Encoder and pyramid: images (B, 1, S, S) in [0, 1] -> four levels (B, C, cells, cells)."""
 
-    def __init__(self, encoder, channels=256, dropout=0.1, freeze=True):
+    def __init__(self, encoder, channels=256, freeze=True):
         super().__init__()
-        self.encoder, self.freeze, shapes = encoder, freeze, len(RATIOS) * len(SCALES)
+        self.encoder, self.freeze, self.fusion, self.other = encoder, freeze, None, None
         self.pyramid = Pyramid(encoder.config['width'], channels)
-        self.classify = Tower(channels, shapes, dropout)
-        self.regress = Tower(channels, 4 * shapes, dropout)
-        nn.init.constant_(self.classify.answer.bias, -math.log((1 - 0.01) / 0.01))      # scores start at 0.01
         encoder.requires_grad_(not freeze)
         encoder.mask_token.requires_grad_(False)            # nothing is masked here; DDP waits for every gradient
 
@@ -369,25 +415,108 @@ class Detector(nn.Module):
         self.encoder.train(mode and not self.freeze)
         return self
 
-    def forward(self, images):
-        """(B, 1, S, S) -> (B, A), (B, A, 4), both fp32"""
+    def fuse(self, other, channels):
+        """Other features, frozen, beside these from now on"""
+        self.fusion = Fusion(other, channels)
+        return self
+
+    def frozen_part(self):
+        """The features of another run in here"""
+        return self.fusion.other if self.fusion else self.other
+
+    def levels(self, images):
+        """Of the first channel of (B, 1 or 2, S, S); fused ones where there is a `fusion`."""
         with contextlib.nullcontext() if not self.freeze else torch.no_grad():
-            tokens = self.encoder(images)[1]                                            # (B, g g, D)
-        logits, deltas = [], []
-        for level in self.pyramid(tokens):                                              # (B, C, h, w)
-            logits.append(self.classify(level).permute(0, 2, 3, 1).flatten(1))          # (B, h w 9)
-            deltas.append(self.regress(level).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4)))     # (B, h w 9, 4)
-        return torch.cat(logits, 1), torch.cat(deltas, 1)
+            tokens = self.encoder(images[:, :1])[1]                                     # (B, g g, D)
+        levels = self.pyramid(tokens)
+        return levels if self.fusion is None else self.fusion(levels, images)
 
     def learnt(self):
-        """state_dict without a frozen encoder's"""
-        return {k: v for k, v in self.state_dict().items() if not self.freeze or not k.startswith('encoder.')}
+        """state_dict without what is frozen"""
+        frozen = ('encoder.',) * self.freeze + ('fusion.other.', 'other.')
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(frozen)}
 
     def load_learnt(self, state):
         """What `learnt` gave; ValueError for anything else."""
         if state.keys() != self.learnt().keys():
             raise ValueError('these are weights of another detector')
         self.load_state_dict(self.state_dict() | state)     # a frozen encoder stays as it is
+
+
+class Detector(Features):
+    """RetinaNet: images (B, 1, S, S) in [0, 1] -> logits (B, A) and deltas (B, A, 4), in the order of `anchors`."""
+
+    TERMS = ('focal', 'box')
+
+    def __init__(self, encoder, channels=256, dropout=0.1, freeze=True):
+        super().__init__(encoder, channels, freeze)
+        shapes = len(RATIOS) * len(SCALES)
+        self.classify = Tower(channels, shapes, dropout)
+        self.regress = Tower(channels, 4 * shapes, dropout)
+        nn.init.constant_(self.classify.answer.bias, -math.log((1 - 0.01) / 0.01))      # scores start at 0.01
+
+    def forward(self, images, batch=None):
+        """(B, 1, S, S) -> (B, A), (B, A, 4), both fp32; the truth in `batch` plays no part"""
+        logits, deltas = [], []
+        for level in self.levels(images):                                               # (B, C, h, w)
+            logits.append(self.classify(level).permute(0, 2, 3, 1).flatten(1))          # (B, h w 9)
+            deltas.append(self.regress(level).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4)))     # (B, h w 9, 4)
+        return torch.cat(logits, 1), torch.cat(deltas, 1)
+
+    def count(self, batch):
+        """What the sums of a batch are divided by: positive anchors"""
+        return (batch['match'] >= 0).sum()
+
+    def objective(self, cfg, answers, batch):
+        """The sum to minimise, and TERMS"""
+        focal, box = losses(cfg, *answers, batch, places(cfg.size, answers[0].device))
+        return cfg.ratio * focal + box, focal, box
+
+    def findings(self, cfg, answers):
+        """-> for each image boxes (n, 4) in squashed pixels and scores (n,), best first, at most --top"""
+        return [boxes_of(*image, places(cfg.size, 'cpu'), cfg.size, cfg.nms, cfg.top)
+                for image in zip(*(part.float().cpu() for part in answers))]
+
+
+class SetDetector(Features):
+    """DINO-DETR on the same pyramid (detr.py): images -> a dict of logits and boxes. Its cells are told where they
+    look, as the anchors are; a lesion that is marked on another slice is background here."""
+
+    TERMS = ('focal', 'box')
+
+    def __init__(self, encoder, channels, freeze, size, queries, layers, denoising=100):
+        super().__init__(encoder, channels, freeze)
+        self.size, centres = size, [(first / size, stride / size) for stride, first, _ in LEVELS.values()]
+        self.head = detr.DinoDetr(channels, 1, queries, *layers, hidden=8 * channels, denoising=denoising,
+                                  centres=centres)
+
+    def forward(self, images, batch=None):
+        """See `DinoDetr.forward`; in training with denoising queries made from batch['boxes']"""
+        return self.head(self.levels(images), None if batch is None else self.targets(batch, images.device))
+
+    def targets(self, batch, device):
+        """Corners in pixels -> middles and sides in shares of the image"""
+        middles = [torch.cat([boxes[:, :2] + boxes[:, 2:], 2 * (boxes[:, 2:] - boxes[:, :2])], 1) / (2 * self.size)
+                   for boxes in batch['boxes']]
+        return [dict(labels=torch.zeros(len(boxes), dtype=torch.long, device=device), boxes=boxes.to(device))
+                for boxes in middles]
+
+    def count(self, batch):
+        """Lesions"""
+        return torch.tensor(sum(map(len, batch['boxes'])))
+
+    def objective(self, cfg, answers, batch):
+        """All layers, proposals and denoising queries; focal and box are those of the last layer."""
+        sums = detr.losses(answers, self.targets(batch, answers['layers'][0][0].device))
+        last = sums[f"layer {len(answers['layers']) - 1}"]
+        return detr.total(sums), last[0], detr.WEIGHTS[1] * last[1] + detr.WEIGHTS[2] * last[2]
+
+    def findings(self, cfg, answers):
+        """As a set of boxes needs no suppression, the best --top of the last layer."""
+        logits, boxes = (part.float().cpu() for part in answers['layers'][-1])
+        scores, best = logits[..., 0].sigmoid().topk(min(cfg.top, logits.shape[1]))
+        return [((detr.corners(box[one]) * self.size).clamp(0, self.size), score)
+                for box, one, score in zip(boxes, best, scores)]
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
@@ -414,6 +543,186 @@ def losses(cfg, logits, deltas, batch, anchors):
     wanted = [encode(boxes.to(logits.device)[m[p]], anchors[p]) for boxes, m, p in zip(batch['boxes'], match, positive)]
     box = F.smooth_l1_loss(deltas[positive].float(), torch.cat(wanted), beta=0.1, reduction='sum')
     return focal, box
+
+
+# ---- fused representations (FFDM and SM) -----------------------------------------------------------------------------
+
+class Fusion(nn.Module):
+    """Stage III: the levels of `other`, which is frozen, beside one's own, and a 1x1 convolution back to C channels. It
+    starts by passing one's own through, so with --start A the fused detector begins as A; the paper hands both widths
+    to its predictor and does not say how that begins."""
+
+    def __init__(self, other, channels):
+        super().__init__()
+        self.other = other.requires_grad_(False)
+        width = channels + other.pyramid.p4.out_channels
+        self.mix = nn.ModuleList(nn.Conv2d(width, channels, 1) for _ in LEVELS)
+        for mix in self.mix:
+            nn.init.dirac_(mix.weight)                      # 1 from each own channel, 0 elsewhere
+            nn.init.zeros_(mix.bias)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.other.eval()
+        return self
+
+    def forward(self, levels, images):
+        """Own levels (B, C, cells, cells), images (B, 1 or 2, S, S) -> fused levels (B, C, cells, cells). Where there
+        are two images, `other` sees the second: the upper bound, a model of both inputs."""
+        with torch.no_grad():
+            others = self.other.levels(images[:, -1:])
+        return [mix(torch.cat(both, 1)) for mix, both in zip(self.mix, zip(levels, others))]
+
+
+class Mimic(Features):
+    """Stage II, module B: from the first image alone, what `other` (C), frozen, makes of the second. A 3x3 convolution
+    per level leads from the one to the other and plays no part afterwards."""
+
+    TERMS = tuple(LEVELS)
+
+    def __init__(self, encoder, channels, freeze, other, size):
+        super().__init__(encoder, channels, freeze)
+        self.other, self.cells = other.requires_grad_(False), cell_centres(size)
+        width = other.pyramid.p4.out_channels
+        self.project = nn.ModuleList(nn.Conv2d(channels, width, 3, padding=1) for _ in LEVELS)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.other.eval()
+        return self
+
+    def forward(self, images, batch=None):
+        """(B, 2, S, S) -> guesses and what they aim at, of each level both (B, C, cells, cells) of length 1"""
+        with torch.no_grad():
+            aims = self.other.levels(images[:, 1:])
+        guesses = [project(level) for project, level in zip(self.project, self.levels(images))]
+        return [tuple(F.normalize(x.float(), dim=1) for x in both) for both in zip(guesses, aims)]
+
+    def count(self, batch):
+        """Images with tissue"""
+        return batch['tissue'].flatten(1).any(1).sum()
+
+    def inside(self, tissue):
+        """tissue (B, S, S) bool -> for each level (B, cells, cells): tissue at the centre of the cell"""
+        return [tissue[:, at[:, None], at] for at in self.cells]
+
+    def objective(self, cfg, answers, batch):
+        """Eq. 2 at every location of tissue, the mean over them and over levels, in the sum over images; then of each
+        level alone. Without the mask, air would win it."""
+        terms = []
+        for (guess, aim), here in zip(answers, self.inside(batch['tissue'].to(answers[0][0].device))):
+            cosine = (guess * aim).sum(1)                                               # (B, cells, cells)
+            terms.append(-((cosine * here).sum((1, 2)) / here.sum((1, 2)).clamp_min(1)).sum())
+        return torch.stack(terms).mean(), *terms
+
+
+def cell_centres(size):
+    """The pixel in the middle of each cell along a side, for each level"""
+    return [(first + stride * torch.arange(cells)).long()
+            for cells, (stride, first, _) in zip(grids(size), LEVELS.values())]
+
+
+@torch.no_grad()
+def likeness(cfg, model, volumes, device):
+    """Validation of stage II -> mean cosine over levels, and of each level `cosine`; `constant`, what the mean of C's
+    vectors alone would reach; `spread`, the deviation of the guesses over all locations against that of C. A collapsed
+    B says the same everywhere: spread 0, cosine not above constant."""
+    model.eval()
+    sums = [torch.zeros(2, device=device) for _ in LEVELS]                              # cosine, locations
+    means = [torch.zeros(2, project.out_channels, device=device) for project in model.project]
+    mine = [(v, 0) for v in range(len(volumes))][dist.get_rank()::dist.get_world_size()]
+    for samples in DataLoader(Frames(cfg, volumes), sampler=mine, batch_size=cfg.micro_batch, collate_fn=list,
+                              num_workers=cfg.workers):
+        samples = [sample for sample in samples if isinstance(sample, dict)]
+        if not samples:
+            continue
+        images, tissue = (torch.from_numpy(np.stack([s[name] for s in samples])) for name in ('image', 'tissue'))
+        with autocast(cfg, device):
+            answers = model(pixels(images, device))
+        for i, ((guess, aim), here) in enumerate(zip(answers, model.inside(tissue.to(device)))):
+            guess, aim = (x.permute(0, 2, 3, 1)[here] for x in (guess, aim))            # (locations, C)
+            sums[i] += torch.stack([(guess * aim).sum(), here.sum()])
+            means[i] += torch.stack([guess.sum(0), aim.sum(0)])
+    found = dict(cosine=[], constant=[], spread=[])
+    for total, mean in zip(sums, means):
+        dist.all_reduce(total)
+        dist.all_reduce(mean)
+        locations = max(total[1].item(), 1)
+        guess, aim = (mean / locations).norm(dim=1).tolist()
+        found['cosine'].append(total[0].item() / locations)
+        found['constant'].append(aim)
+        found['spread'].append(math.sqrt((1 - guess ** 2) / max(1 - aim ** 2, 1e-9)))
+    return float(np.mean(found['cosine'])), found
+
+
+def explain(best):
+    """What B has learnt, by level, and a warning where it has collapsed."""
+    print(f"\n{'':38s}{''.join(f'{name:>10s}' for name in LEVELS)}")
+    for name, title in dict(cosine='cosine with C inside tissue', constant="C's mean alone", spread='spread, of C 1'
+                            ).items():
+        print(f'  {title:36s}' + ''.join(f'{value:10.3f}' for value in best[name]))
+    for name, spread, cosine, constant in zip(LEVELS, best['spread'], best['cosine'], best['constant']):
+        if spread < 0.1 or cosine <= constant:
+            print(f'  {name} has collapsed: B says nearly the same everywhere, which is no better than the mean of C')
+
+
+def paired(cfg, volumes, notes):
+    """Each image with its `partner`, the file of the same patient, study and view (laterality included) in --paired.
+    Without one, or with one of another shape, it takes no part, by name: their pixels would not correspond."""
+    others, pairs, wrong = {other.key: other for other in listed(replace(cfg, root=cfg.paired))[0]}, [], []
+    for volume in volumes:
+        name = '/'.join(volume.key)
+        if volume.key not in others:
+            wrong.append(f'{name} is not in {cfg.paired}')
+            continue
+        partner = others.pop(volume.key).path
+        try:
+            (slices, H, W), (others_slices, h, w) = (mask.shape(path) for path in (volume.path, partner))
+        except (ValueError, OSError) as problem:
+            wrong.append(str(problem))
+            continue
+        if slices > 1 or others_slices > 1 or abs(H * w / (W * h) - 1) > 0.02:
+            wrong.append(f'{name}: {slices} images of {W}x{H} and {others_slices} of {w}x{h}')
+            continue
+        pairs.append(replace(volume, partner=partner))
+    if wrong:
+        notes.append(f'{len(wrong)} of {len(volumes)} images have no fitting pair and take no part: {first_of(wrong)}')
+    if others:
+        notes.append(f'{len(others)} images of {cfg.paired} have no pair: {first_of(map("/".join, others))}')
+    if not pairs:
+        raise ValueError(f'no image of {cfg.root} has a pair in {cfg.paired}; patient, study and view must agree, with '
+                         f'the side in the view, such as LCC. {first_of(wrong, 1)}')
+    return pairs
+
+
+def first_of(names, most=50):
+    names = list(names)
+    return '; '.join(names[:most]) + (f'; and {len(names) - most} more' if len(names) > most else '')
+
+
+def features_of(run):
+    """Encoder and pyramid of a finished run, in eval mode; whether its encoder was pretrained."""
+    cfg, model, best = restored(run)
+    if model.fusion is not None:
+        raise ValueError(f'{run} is fused itself; give a run of stage I or II')
+    features = Features(model.encoder, cfg.channels)
+    features.pyramid = model.pyramid
+    return features.eval(), best['pretrained']
+
+
+def packed(features):
+    """The frozen part as it stands in a checkpoint, None for none"""
+    return features and dict(vit=features.encoder.config, channels=features.pyramid.p4.out_channels,
+                             weights={k: v.cpu() for k, v in features.state_dict().items()})
+
+
+def unpacked(state):
+    """`packed` undone"""
+    if not state:
+        return None
+    features = Features(vit.ViT(**state['vit']), state['channels'])
+    features.load_state_dict(state['weights'])
+    return features.eval()
 
 
 # ---- from answers to findings ---------------------------------------------------------------------------------------
@@ -690,6 +999,7 @@ class Volume:
     normal: bool = True                                     # without lesions it may serve as a normal in training
     slices: int = 0                                         # as the label file has it; 0: not told
     shape: tuple | None = None                              # (K, H, W) of the file
+    partner: str = ''                                       # the other image of the exam and view (--paired)
 
     @property
     def patient(self):
@@ -963,6 +1273,7 @@ DATASETS = dict(bcs=bcs, vindr=vindr, cbis=cbis, mias=mias, csv=listed)
 def load(cfg):
     """-> volumes with splits and checked boxes, notes: what was left out and why, one sentence each."""
     volumes, notes = DATASETS[cfg.dataset](cfg)
+    volumes = paired(cfg, volumes, notes) if cfg.paired else volumes
     for what, seen in (('the name', ['/'.join(v.key) for v in volumes]),
                        ('the file', [os.path.realpath(v.path) for v in volumes]),
                        ('the prepared file', [prepared(cfg, v.path) for v in volumes])):
@@ -982,7 +1293,7 @@ def load(cfg):
         volumes = [replace(v, lesions=k, normal=v.normal and len(k) == len(v.lesions)) for v, k in zip(volumes, kept)]
     volumes = usable(cfg, assign(cfg, volumes), notes)
     for split in ('train', 'val', 'test'):
-        if not any(v.lesions for v in volumes if v.split == split):
+        if not any(v.lesions or cfg.mimic for v in volumes if v.split == split):
             ill = len({v.patient for v in volumes if v.lesions})
             raise ValueError('; '.join([f'the {split} split holds no lesion; {ill} patients have one in all, of which, '
                                         'without a column split, a fifth are drawn', *notes]))
@@ -1079,15 +1390,19 @@ def prepared(cfg, path):
 def upright(image, laterality):
     """BCS-DBT's rule for volumes stored upside down: the breast lies at the brighter of the left and right columns; on
     the other side than `laterality` (L or R) says, it wants a turn by 180 degrees, not a mirror."""
-    seen = 'R' if image[:, 0].sum(dtype=np.int64) < image[:, -1].sum(dtype=np.int64) else 'L'
-    return image if laterality in ('', seen) else image[::-1, ::-1]
+    return image if laterality in ('', brighter_side(image)) else image[::-1, ::-1]
+
+
+def brighter_side(image):
+    """L or R: which of the outermost columns the breast lies at"""
+    return 'R' if image[:, 0].sum(dtype=np.int64) < image[:, -1].sum(dtype=np.int64) else 'L'
 
 
 class Frames(Dataset):
     """An item is (volume, frame) for prediction, (volume, frame, epoch, index) for training; frame None is a normal
-    one, far from any lesion. -> a dict with the image uint8 (S, S), upright and squashed; for prediction with the size
-    of the file's frame, for training augmented, with boxes and matches. A file that cannot be read gives its reason, a
-    str."""
+    one, far from any lesion. -> a dict with the image uint8 (S, S), or of a pair (2, S, S), upright and squashed; for
+    prediction with the size of the file's frame, for training augmented, with boxes and matches. A file that cannot be
+    read gives its reason, a str."""
 
     def __init__(self, cfg, volumes):
         self.cfg, self.volumes, self.anchors, self.turned = cfg, volumes, anchors(cfg.size), {}
@@ -1101,6 +1416,9 @@ class Frames(Dataset):
         except (ValueError, OSError) as problem:
             return str(problem)
 
+    def squashed(self, image):
+        return np.asarray(Image.fromarray(image).resize((self.cfg.size,) * 2, Image.Resampling.BICUBIC))
+
     def read(self, v, z):
         """One frame in the orientation of its boxes, after CLAHE; of prepared .npy that is done (MammoDINO 3.1). Upside
         down is decided on frame 0, once for a volume."""
@@ -1111,8 +1429,7 @@ class Frames(Dataset):
         image = mask.read(path, z)
         image = image[::-1, ::-1] if self.turned.get(v) else image
         image = image if path.lower().endswith('.npy') else mask.clahe(np.ascontiguousarray(image))
-        squashed = Image.fromarray(image).resize((self.cfg.size,) * 2, Image.Resampling.BICUBIC)
-        return np.asarray(squashed), image.shape
+        return self.squashed(image), image.shape
 
     def plain(self, v, z):
         """For prediction; z None is the middle one of the normal frames."""
@@ -1123,7 +1440,7 @@ class Frames(Dataset):
         image, shape = self.read(v, frame)
         if self.cfg.images:                                 # perhaps smaller than the file, whose pixels count
             shape = (volume.shape or mask.shape(volume.path))[1:]
-        return dict(volume=v, frame=z, image=image, shape=shape)
+        return dict(volume=v, frame=z, shape=shape, **self.seen(self.pair(v, image)))
 
     def augmented(self, v, z, epoch, index):
         """For training; z None is any of the normal frames."""
@@ -1135,13 +1452,31 @@ class Frames(Dataset):
         image, _ = self.read(v, z)
         here = on_frame(volume, [z], (H, W), self.cfg.size)
         near = on_frame(volume, within_reach(volume, z, K), (H, W), self.cfg.size)
-        boxes = np.concatenate([here, near])
-        if self.cfg.augment:
-            image, boxes = augment(rng, image, boxes)
+        boxes, images = np.concatenate([here, near]), self.pair(v, image)
+        if self.cfg.augment:                                # of a pair both alike
+            images, (boxes, *_) = zip(*(augment(deepcopy(rng), image, boxes) for image in images))
         here, near = torch.from_numpy(boxes).float().split([len(here), len(near)])
         own, other = (match(part, self.anchors, self.cfg.high, self.cfg.low) for part in (here, near))
         own[(own == -1) & (other != -1)] = -2               # a lesion marked on another slice is no background here
-        return dict(image=image, boxes=here, match=own)
+        return dict(boxes=here, match=own, **self.seen(images))
+
+    def pair(self, v, image):
+        """[image], with its partner, squashed alike, if it has one. ValueError where the breasts lie at different
+        sides."""
+        path = self.volumes[v].partner
+        if not path:
+            return [image]
+        other = mask.read(path)
+        if brighter_side(image) != brighter_side(other):
+            raise ValueError(f'{path} is the mirror image of its pair {self.volumes[v].path}')
+        return [image, self.squashed(other if path.lower().endswith('.npy') else mask.clahe(other))]
+
+    def seen(self, images):
+        """What the model is given of one image (S, S), or of two (2, S, S); in stage II also where the first has
+        tissue."""
+        image = np.stack(images) if len(images) > 1 else images[0]
+        tissue = dict(tissue=mask.tissue(images[0], percentile=None)) if self.cfg.mimic else {}
+        return dict(image=image, **tissue)
 
 
 def marked(volume):
@@ -1217,16 +1552,20 @@ def zoom_window(rng, S, boxes, unit, tries=10):
             return *rng.uniform(low, high), side
 
 
-def collate(size, samples):
-    """Samples of a micro-batch -> images (B, S, S), boxes, matches (B, A), and how many could not be read: those are
-    named, and where nothing is left a black image stands in that every anchor ignores."""
+def collate(size, samples, images=1):
+    """Samples of a micro-batch -> images (B, S, S), of pairs (B, 2, S, S), boxes, matches (B, A), in stage II tissue
+    (B, S, S), and how many could not be read: those are named, and where nothing is left a black image stands in that
+    every anchor ignores."""
     good = [sample for sample in samples if isinstance(sample, dict)]
     for reason in samples:
         if isinstance(reason, str):
             tqdm.write(f'skipped: {reason}', file=sys.stderr)
     ignored = torch.full((len(anchors(size)) if not good else 0,), -2)
-    kept = good or [dict(image=np.zeros((size, size), np.uint8), boxes=torch.zeros(0, 4), match=ignored)]
-    return dict(images=torch.from_numpy(np.stack([sample['image'] for sample in kept])),
+    black = np.zeros((2,) * (images - 1) + (size, size), np.uint8)
+    kept = good or [dict(image=black, boxes=torch.zeros(0, 4), match=ignored, tissue=np.zeros((size, size), bool))]
+    tissue = [sample['tissue'] for sample in kept if 'tissue' in sample]
+    tissue = dict(tissue=torch.from_numpy(np.stack(tissue))) if tissue else {}
+    return dict(tissue, images=torch.from_numpy(np.stack([sample['image'] for sample in kept])),
                 boxes=[sample['boxes'] for sample in kept], match=torch.stack([sample['match'] for sample in kept]),
                 count=len(samples), bad=len(samples) - len(good))
 
@@ -1244,6 +1583,7 @@ def plan(cfg, volumes, start, rank, ranks):
     epoch is every annotated slice and --normals as many normal ones, shuffled and filled up to whole batches, the
     same however many ranks share them."""
     ill, well = [(v, z) for v, volume in enumerate(volumes) for z in marked(volume)], normals(volumes)
+    ill, well = ([(v, 0) for v in range(len(volumes))], []) if cfg.mimic else (ill, well)       # every pair, once
     wanted = round(cfg.normals * len(ill)) if well else 0
     steps = math.ceil((len(ill) + wanted) / cfg.batch)
 
@@ -1262,8 +1602,8 @@ def plan(cfg, volumes, start, rank, ranks):
 
 
 def pixels(images, device):
-    """uint8 (B, S, S) -> float (B, 1, S, S) in [0, 1]; bytes travel."""
-    return images.to(device, non_blocking=True).unsqueeze(1).float() / 255
+    """uint8 (B, S, S) or (B, 2, S, S) -> float (B, 1 or 2, S, S) in [0, 1]; bytes travel."""
+    return images.to(device, non_blocking=True).view(len(images), -1, *images.shape[-2:]).float() / 255
 
 
 def autocast(cfg, device):
@@ -1271,20 +1611,20 @@ def autocast(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if cfg.amp is None else cfg.amp)
 
 
-def learn(cfg, ddp, micro, places, device):
-    """The gradients of one step: ratio * focal + box, sums over max(1, positives in the batch over micro-batches and
-    ranks). -> this rank's part of loss, focal and box, (3,)"""
-    positives = torch.tensor(float(sum((batch['match'] >= 0).sum() for batch in micro)), device=device)
-    dist.all_reduce(positives)
-    sums = torch.zeros(3, device=device)
+def learn(cfg, ddp, micro, device):
+    """The gradients of one step: sums of the model's objective over its count, such as max(1, positives in the batch)
+    over micro-batches and ranks. -> this rank's part of the loss and of the model's TERMS"""
+    model = ddp.module
+    count = sum(model.count(batch) for batch in micro).to(device, torch.float32)
+    dist.all_reduce(count)
+    sums = torch.zeros(1 + len(model.TERMS), device=device)
     for batch in micro:
         with contextlib.nullcontext() if batch is micro[-1] else ddp.no_sync():
             with autocast(cfg, device):
-                answers = ddp(pixels(batch['images'], device))
-            terms = torch.stack(losses(cfg, *answers, batch, places)) / positives.clamp_min(1)
-            loss = cfg.ratio * terms[0] + terms[1]
-            (dist.get_world_size() * loss).backward()       # DDP takes the mean over ranks, the loss is their sum
-        sums += torch.stack([loss, *terms]).detach()
+                answers = ddp(pixels(batch['images'], device), batch)
+            terms = torch.stack(model.objective(cfg, answers, batch)) / count.clamp_min(1)
+            (dist.get_world_size() * terms[0]).backward()   # DDP takes the mean over ranks, the loss is their sum
+        sums += terms.detach()
     return sums
 
 
@@ -1313,14 +1653,14 @@ def train(cfg, volumes, device, out):
     per_epoch, items = plan(cfg, parts['train'], start, rank, ranks)
     steps, accumulate = cfg.epochs * per_epoch, math.ceil(cfg.batch // ranks / cfg.micro_batch)
     batches = iter(DataLoader(Frames(cfg, parts['train']), batch_sampler=items, num_workers=cfg.workers,
-                              collate_fn=partial(collate, cfg.size)))
+                              collate_fn=partial(collate, cfg.size, images=1 + bool(cfg.paired))))
     ddp = nn.parallel.DistributedDataParallel(detector, device_ids=[device] if device.type == 'cuda' else None)
-    places, seen, bad = anchors(cfg.size).to(device), 0, 0
+    seen, bad = 0, 0
     bar = tqdm(total=steps, initial=start * per_epoch, unit='step', disable=rank > 0 or not steps)
     for epoch in range(start, cfg.epochs):
         if epoch - best['epoch'] > cfg.patience:
             break
-        began, sums, norms = time.time(), torch.zeros(3, device=device), []
+        began, sums, norms = time.time(), torch.zeros(1 + len(detector.TERMS), device=device), []
         detector.train()
         for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
             torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]))    # dropout
@@ -1331,7 +1671,7 @@ def train(cfg, volumes, device, out):
             if seen >= 100 and bad > cfg.max_bad * seen:
                 raise ValueError(f'{bad} of {seen} training images are unusable, --max_bad is {cfg.max_bad}; names are '
                                  'above')
-            sums += learn(cfg, ddp, micro, places, device)
+            sums += learn(cfg, ddp, micro, device)
             norms.append(nn.utils.clip_grad_norm_(detector.parameters(), cfg.clip).item())
             if not math.isfinite(norms[-1]):
                 raise FloatingPointError(f'step {step}: the gradient is not finite; choose another --out, a lower --lr')
@@ -1340,10 +1680,10 @@ def train(cfg, volumes, device, out):
             bar.update()
 
         dist.all_reduce(sums)
-        score, threshold = validated(cfg, detector, parts['val'], device)
+        score, beside = judged(cfg, detector, parts['val'], device)
         if score > best['score']:
-            best |= dict(score=score, epoch=epoch, threshold=threshold, weights=copied(detector))
-        line = dict(epoch=epoch, **dict(zip(('loss', 'focal', 'box'), (sums / per_epoch).tolist())),
+            best |= dict(score=score, epoch=epoch, weights=copied(detector), **beside)
+        line = dict(epoch=epoch, **dict(zip(('loss', *detector.TERMS), (sums / per_epoch).tolist())),
                     grad_norm=sum(norms) / per_epoch, validation=score, best=best['score'], best_epoch=best['epoch'],
                     images_per_s=cfg.batch * per_epoch / (time.time() - began))
         bar.set_postfix({k: f'{line[k]:.3f}' for k in ('loss', 'validation', 'best')})
@@ -1359,14 +1699,26 @@ def train(cfg, volumes, device, out):
     return detector, best
 
 
+def judged(cfg, detector, volumes, device):
+    """-> the validation score, and what else of it is kept with the best weights"""
+    if cfg.mimic:
+        return likeness(cfg, detector, volumes, device)
+    score, threshold = validated(cfg, detector, volumes, device)
+    return score, dict(threshold=threshold)
+
+
 def copied(detector):
     return {k: v.detach().cpu().clone() for k, v in detector.learnt().items()}
 
 
 def build(cfg):
-    """The detector at its start: --encoder, or random weights of its shape, whose LayerScale is 1 (at DINOv2's 1e-5
-    every block would be the identity)."""
-    if os.path.isfile(cfg.encoder):
+    """The model at its start: --encoder, or random weights of its shape, whose LayerScale is 1 (at DINOv2's 1e-5 every
+    block would be the identity); or whatever --start has of the same name and shape, at least encoder and pyramid."""
+    start = cfg.start or cfg.mimic
+    if start:
+        begun = restored(start)[1]
+        encoder = begun.encoder
+    elif os.path.isfile(cfg.encoder):
         encoder = vit.load(cfg.encoder)
     elif cfg.encoder == Config.encoder:
         encoder = vit.ViT(**SMALL)
@@ -1377,9 +1729,24 @@ def build(cfg):
         raise ValueError(f'{cfg.encoder}: its patches are {encoder.patch} pixels wide; pyramid and anchors are laid '
                          'out for 14')
     torch.manual_seed(cfg.seed)
-    if not pretrained(cfg):
+    if not start and not pretrained(cfg):
         encoder = vit.ViT(**encoder.config, layerscale=1.0)
-    return Detector(encoder.eval(), cfg.channels, cfg.dropout, cfg.freeze)
+    model = assembled(cfg, encoder.eval(), features_of(cfg.mimic or cfg.fuse)[0] if cfg.mimic or cfg.fuse else None)
+    if start:
+        if cfg.channels != begun.pyramid.p4.out_channels:
+            raise ValueError(f'{start} has {begun.pyramid.p4.out_channels} channels, --channels is {cfg.channels}')
+        own = model.state_dict()
+        model.load_state_dict(own | {k: v for k, v in begun.learnt().items() if k in own and v.shape == own[k].shape})
+    return model
+
+
+def assembled(cfg, encoder, other):
+    """A detector, or stage II, with this encoder and the frozen features of another run"""
+    if cfg.mimic:
+        return Mimic(encoder, cfg.channels, cfg.freeze, other, cfg.size)
+    model = (SetDetector(encoder, cfg.channels, cfg.freeze, cfg.size, cfg.queries, cfg.layers, cfg.denoising)
+             if cfg.head == 'detr' else Detector(encoder, cfg.channels, cfg.dropout, cfg.freeze))
+    return model.fuse(other, cfg.channels) if cfg.fuse else model
 
 
 SMALL = dict(size=84, width=128, depth=4, heads=4)          # the demo of pretrain.py
@@ -1391,7 +1758,8 @@ def keep(cfg, out, detector, optimizer, data, epoch, best):
         k.removeprefix('encoder.'): v for k, v in best['weights'].items() if k.startswith('encoder.')}
     save(out / 'last.pt', dict(config=asdict(cfg), vit=detector.encoder.config, data=data, epoch=epoch, best=best,
                                teacher={f'backbone.{k}': v.cpu() for k, v in encoder.items()},
-                               detector=copied(detector), optimizer=optimizer.state_dict()))
+                               other=packed(detector.frozen_part()), detector=copied(detector),
+                               optimizer=optimizer.state_dict()))
 
 
 def restore(cfg, out, detector, optimizer, data):
@@ -1407,6 +1775,8 @@ def restore(cfg, out, detector, optimizer, data):
         if fits and not changed:
             if cfg.freeze:
                 detector.encoder.load_state_dict({k.removeprefix('backbone.'): v for k, v in state['teacher'].items()})
+            if state['other']:
+                detector.frozen_part().load_state_dict(state['other']['weights'])
             detector.load_learnt(state['detector'])
             with warnings.catch_warnings(action='ignore'):  # what is odd is refused, not remarked upon
                 optimizer.load_state_dict(state['optimizer'])
@@ -1427,7 +1797,7 @@ def restore(cfg, out, detector, optimizer, data):
 
 def fingerprint(volumes):
     """Which images, boxes and splits these are."""
-    told = [(v.key, v.split, v.lesions, v.normal) for v in volumes]
+    told = [(v.key, v.split, v.lesions, v.normal, *([v.partner] if v.partner else [])) for v in volumes]
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
@@ -1464,7 +1834,6 @@ def detected(cfg, detector, volumes, items, device):
     """(volume, frame) one by one -> volume, frame, boxes (n, 4) in squashed pixels, scores (n,), (H, W) of the file.
     Frames stream through: a few squashed ones are all that is ever held. Unreadable ones are named and left out."""
     detector.eval()
-    places = anchors(cfg.size)
     for samples in DataLoader(Frames(cfg, volumes), sampler=items, batch_size=cfg.micro_batch, collate_fn=list,
                               num_workers=cfg.workers):
         for reason in samples:
@@ -1475,8 +1844,7 @@ def detected(cfg, detector, volumes, items, device):
             continue
         with autocast(cfg, device):
             answers = detector(pixels(torch.from_numpy(np.stack([s['image'] for s in samples])), device))
-        for sample, logits, deltas in zip(samples, *(part.float().cpu() for part in answers)):
-            boxes, scores = boxes_of(logits, deltas, places, cfg.size, cfg.nms, cfg.top)
+        for sample, (boxes, scores) in zip(samples, detector.findings(cfg, answers)):
             yield sample['volume'], sample['frame'], boxes.numpy(), scores.numpy(), sample['shape']
 
 
@@ -1832,6 +2200,13 @@ def run(cfg, device, again=False):
     dist.barrier()
     chosen, detector, best = searched(cfg, volumes, device, out) if cfg.search else (
         cfg, *train(cfg, volumes, device, out))
+    if cfg.mimic:                                           # predicts nothing by itself
+        if rank == 0:
+            explain(best)
+            found = {name: best[name] for name in ('epoch', 'cosine', 'constant', 'spread')}
+            (out / 'scores.json').write_text(json.dumps(found, indent=1))
+            print(f'-> {out}/last.pt for --fuse, scores.json')
+        return dist.barrier()
     rows, unread = predicted(chosen, detector, test, device)
     if rank == 0:
         for note in unread:
@@ -1859,20 +2234,26 @@ def make_folder(out):
 
 
 def pretrained(cfg):
-    """Whether the encoder starts from a file"""
+    """Whether the encoder starts from a file, or from a run that did"""
+    if cfg.start or cfg.mimic:
+        return features_of(cfg.start or cfg.mimic)[1]
     return not cfg.random_encoder and os.path.isfile(cfg.encoder)
 
 
 def label(cfg, learnt):
     """Name of a detector in the tables; `learnt`: its encoder was pretrained."""
-    return f"{'trained' if cfg.epochs else 'untrained'} on {'pretrained' if learnt else 'random'} encoder"
+    head = 'fused ' * bool(cfg.fuse) + 'DINO-DETR ' * (cfg.head == 'detr')
+    return f"{head}{'trained' if cfg.epochs else 'untrained'} on {'pretrained' if learnt else 'random'}" \
+        + ' encoder' * (not head)                           # the tables have 36 columns
 
 
 def introduce(cfg, volumes, notes):
     """What is about to be learnt from what, and what was left out."""
-    if not os.path.isfile(cfg.encoder):
+    start = cfg.start or cfg.mimic
+    if not start and not os.path.isfile(cfg.encoder):
         print(f'{cfg.encoder} is absent: random encoder. `torchrun pretrain.py` makes one, --encoder names another.')
-    encoder = f"{cfg.encoder if pretrained(cfg) else 'random weights'}, {'frozen' if cfg.freeze else 'finetuned'}"
+    encoder = start or cfg.encoder if start or pretrained(cfg) else 'random weights'
+    encoder += ', frozen' if cfg.freeze else ', finetuned'
     print(f'\n{cfg.dataset}; encoder {encoder}; {cfg.size}x{cfg.size}, {cfg.channels} channels, {cfg.epochs} epochs')
     for split in ('train', 'val', 'test'):
         part = [v for v in volumes if v.split == split]
@@ -1940,6 +2321,9 @@ def predict(argv, device):
     parser.add_argument('--out', default='runs/predict', help='folder to write (default: %(default)s)')
     args = parser.parse_args(argv)
     cfg, detector, best = restored(args.checkpoint)
+    if cfg.paired:
+        why = 'finds nothing, it mimics' if cfg.mimic else 'needs both images of a pair'
+        raise ValueError(f'{args.checkpoint} {why}; give the run of a detector of one image')
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f'--threshold {args.threshold} must lie in 0 … 1')
     if not os.path.isfile(args.file):
@@ -1990,7 +2374,7 @@ def restored(run):
     try:
         cfg = config_of(state['config'])
         check(cfg, 1)
-        detector = Detector(encoder, cfg.channels, cfg.dropout, cfg.freeze)
+        detector = assembled(cfg, encoder, unpacked(state['other']))
         if not isinstance(state['best'], dict):
             raise TypeError('something else')
         detector.load_learnt(state['best']['weights'])
@@ -2004,6 +2388,7 @@ def restored(run):
 
 DEMO = dict(out='runs/detect-demo', size=252, channels=64, epochs=7, batch=16, micro_batch=16, lr=2e-3, workers=0,
             min_distance=10.0, dropout=0.05)                # 100 pixels of 2457 are 10 of a phantom's 256
+DETR_DEMO = dict(queries=50, layers=(1, 3), denoising=20, lr=1e-3)      # over DEMO, for --head detr
 
 
 def demo(cfg, device):
@@ -2075,7 +2460,7 @@ def main(argv):
     if argv[:1] == ['predict']:
         predict(argv[1:], device)
     else:
-        cfg = parse(Config, argv, DEMO, source='root')
+        cfg = parse(Config, argv, DEMO | (DETR_DEMO if 'detr' in argv else {}), source='root')
         check(cfg, ranks)
         run(cfg, device) if cfg.root is not None else demo(cfg, device)
     dist.destroy_process_group()

@@ -270,38 +270,65 @@ class Phantom:
     boxes: np.ndarray           # float (G, 5): z x0 y0 x1 y1, pixels, x first; z the slice where it is brightest
     density: int                # 0..3, BI-RADS a..d: glandular share below 25, 50, 75, 100 %
     cancer: int                 # 1 with a lesion
+    ffdm: np.ndarray = None     # uint8 (H, W), with `contrasts` only: the volume as a full-field mammogram shows it
+    sm: np.ndarray = None       # uint8 (H, W), likewise: as a synthetic mammogram does
 
 
 GLANDULAR = ((0.03, 0.25), (0.25, 0.50), (0.50, 0.75), (0.75, 0.95))
 
 
-def phantom(rng, slices=1, height=256, width=192, density=None, lesion=None):
+def phantom(rng, slices=1, height=256, width=192, density=None, lesion=None, contrasts=None):
     """A breast to run and test on, not a model of anatomy: half an ellipse with a skin line, fat of power-law texture,
     glandular islands that fill the share of its density class, a lesion on a few neighbouring slices.
 
     slices=1 is a mammogram (the mean of eight slices); more are a DBT volume whose glands change slowly with depth.
     density 0..3 and lesion are drawn when None; half of the breasts get a lesion. Exposure, gamma, side and noise vary,
     so that the mean grey level tells little. Everything comes from `rng` (numpy Generator).
+
+    contrasts (FFDM, SM) projects a volume to two mammograms of the same breast, `.ffdm` and `.sm`, where the lesion has
+    these multiples of its ordinary contrast: (1, 0) is a lesion that only the full-field mammogram shows. The slices
+    are those that SM is made of.
     """
+    if contrasts is not None and slices == 1:
+        raise ValueError('contrasts project a volume; give slices=8')
     K, H, W = (8 if slices == 1 else slices), height, width
     density = int(rng.integers(4)) if density is None else density
     lesion = bool(rng.random() < 0.5) if lesion is None else lesion
     r = _outline(rng, H, W)
     inside = r < 1
     volume = _anatomy(rng, inside, K, GLANDULAR[density])
-    boxes = _add_lesion(rng, volume, r < 0.75, on_all=slices == 1) if lesion else np.zeros((0, 5))
+    without, boxes = volume.mean(0), np.zeros((0, 5))
+    if lesion:
+        boxes = _add_lesion(rng, volume, r < 0.75, on_all=slices == 1 or contrasts is not None)
+    pair = [] if contrasts is None else _projections(without, volume, contrasts)
 
     volume = volume.mean(0, keepdims=True) if slices == 1 else volume
-    volume *= np.sqrt(np.clip(1 - r ** rng.uniform(6, 12), 0, 1))                       # thinner towards the skin
-    volume[:, (r > 0.975) & inside] += 0.12                                             # the skin line
-    volume = rng.uniform(0.6, 1.0) * np.clip(volume, 0, None) ** rng.uniform(0.75, 1.3)
-    volume += rng.normal(0, rng.uniform(0.008, 0.012), volume.shape).astype(np.float32) * inside
-    volume[:, ~inside] = 0
-    volume = np.uint8(np.clip(volume, 0, 1) * 255)
+    volume, *pair = (_exposed(rng, image, r, inside) for image in (volume, *pair))
     if rng.random() < 0.5:                                                              # the other breast
-        volume, inside = volume[..., ::-1].copy(), inside[:, ::-1].copy()
+        volume, inside, *pair = (image[..., ::-1].copy() for image in (volume, inside, *pair))
         boxes[:, [1, 3]] = W - boxes[:, [3, 1]]
-    return Phantom(volume, inside, boxes, density, int(lesion))
+    return Phantom(volume, inside, boxes, density, int(lesion), *(image[0] for image in pair))
+
+
+def _projections(without, volume, contrasts):
+    """FFDM and SM of a volume (K, H, W), (1, H, W) each; `without`: its mean (H, W) without the lesion, which is on all
+    slices alike. FFDM is the mean along the beam. SM is half mean, half brightest slice, with edges drawn sharper than
+    they are, so that glands look like findings."""
+    lesion = volume.mean(0) - without
+    volume += (contrasts[1] - 1) * lesion
+    sm = (volume.mean(0) + volume.max(0)) / 2
+    sm += 1.0 * (sm - ndimage.gaussian_filter(sm, 2))
+    return (without + contrasts[0] * lesion)[None], sm[None]
+
+
+def _exposed(rng, images, r, inside):
+    """Images (K, H, W) of one exposure as the detector gives them, uint8"""
+    images = images * np.sqrt(np.clip(1 - r ** rng.uniform(6, 12), 0, 1))               # thinner towards the skin
+    images[:, (r > 0.975) & inside] += 0.12                                             # the skin line
+    images = rng.uniform(0.6, 1.0) * np.clip(images, 0, None) ** rng.uniform(0.75, 1.3)
+    images += rng.normal(0, rng.uniform(0.008, 0.012), images.shape).astype(np.float32) * inside
+    images[:, ~inside] = 0
+    return np.uint8(np.clip(images, 0, 1) * 255)
 
 
 def _outline(rng, H, W):

@@ -9,6 +9,8 @@
     $ python tests/experiments.py hidden --mias MIAS --boxes CBIS.csv   # lesions that patch masks cover
     $ python tests/experiments.py occlusion                 # lesions always or never masked, then detected
     $ python tests/experiments.py attention                 # where encoders look
+    $ python tests/experiments.py fused                     # does SM alone profit from pairs with FFDM?
+    $ python tests/experiments.py detectors --mias MIAS --boxes CBIS.csv --encoder RUN/last.pt       # three of them
     $ python tests/experiments.py tables                    # the README's tables out of tests/results/*.csv
     $ python tests/experiments.py pictures                  # and its pictures
 
@@ -26,6 +28,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -624,26 +627,40 @@ def occlusion(out):
     in_lanes({f'{out}/{name}': [sys.executable, str(ROOT / 'detect.py'), *flags(run | dict(out=f'{out}/{name}'))]
               for name, run in runs.items() if not Path(out, name, 'scores.json').exists()})
 
-    volumes, truth, _ = detect.read_truth(f'{out}/detect-never-0/labels.csv', f'{out}/detect-never-0/boxes.csv')
-    rng, V = np.random.default_rng(0), len(volumes)
-    weights = np.vstack([np.ones(V), rng.multinomial(V, np.full(V, 1 / V), 500)])       # all volumes, then draws
-    weights = np.column_stack([weights, np.ones(501)])      # the last counts predictions in volumes that are not listed
-    values = {}
-    for arm in (*arms, 'random init'):
-        scored = [detect.Scored(volumes, truth, detect.read_predictions(f'{out}/detect-{slug(arm)}-{seed}'),
-                                detector['min_distance']) for seed in SEEDS]
-        values[arm] = np.array([[s.with_lesions(w)[-1] for w in weights] for s in scored])      # (seeds, 1 + draws)
-    drawn = np.vstack([np.arange(len(SEEDS)), rng.integers(len(SEEDS), size=(500, len(SEEDS)))]).T
-    rows = []
+    arms = {arm: [f'{out}/detect-{slug(arm)}-{seed}' for seed in SEEDS] for arm in (*arms, 'random init')}
+    scored, weights = scores(arms, detector['min_distance'])
+    values = {arm: np.array([[s.with_lesions(w)[-1] for w in weights] for s in seeds]) for arm, seeds in scored.items()}
+    write('occlusion', over_seeds(values, ('never', 'random init'), lesions=len(scored['never'][0].m.home)))
+
+
+def scores(arms, min_distance, draws=500):
+    """{arm: runs of detect.py, one a seed, all on the same test set} -> {arm: their detect.Scored}, and weights of the
+    volumes (1 + draws, V + 1): all once, then draws of patients with replacement."""
+    first = next(iter(arms.values()))[0]
+    volumes, truth, _ = detect.read_truth(f'{first}/labels.csv', f'{first}/boxes.csv')
+    names, patient = np.unique([key[0] for key, _ in volumes], return_inverse=True)
+    times = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
+    weights = np.vstack([np.ones(len(volumes)), times[:, patient]])
+    weights = np.column_stack([weights, np.ones(len(weights))])     # the last: predictions in volumes not listed
+    return {arm: [detect.Scored(volumes, truth, detect.read_predictions(run), min_distance) for run in runs]
+            for arm, runs in arms.items()}, weights
+
+
+def over_seeds(values, references, **more):
+    """values {arm: (seeds, 1 + draws)}, the first column of all test volumes -> rows: each seed, the mean, and its
+    difference from each reference, with intervals. Means draw the seeds, too."""
+    rng, rows = np.random.default_rng(1), []
+    seeds, draws = next(iter(values.values())).shape
+    drawn = np.vstack([np.arange(seeds), rng.integers(seeds, size=(draws - 1, seeds))]).T
     for arm, found in values.items():
         mean = np.take_along_axis(found, drawn, 0).mean(0)
         shown = dict(enumerate(found)) | {'mean': mean} | {
             f'mean - {other}': mean - np.take_along_axis(values[other], drawn, 0).mean(0)
-            for other in ('never', 'random init') if other != arm}
+            for other in references if other != arm}
         for seed, v in shown.items():
-            low, high = np.percentile(v[1:], [2.5, 97.5])
-            rows.append(dict(arm=arm, seed=seed, lesions=len(truth), value=v[0], low=low, high=high))
-    write('occlusion', rows)
+            low, high = np.nanpercentile(v[1:], [2.5, 97.5])
+            rows.append(more | dict(arm=arm, seed=seed, value=v[0], low=low, high=high))
+    return rows
 
 
 def lesion_volumes(folder):
@@ -722,6 +739,154 @@ def looks(heat, component, tissue, lesion):
         told = [finetune.auc(y[use], c[use]) for y, c, use in zip(yes, component, of)]
         values[name] = np.nanmean([max(v, 1 - v) for v in told])
     return values
+
+
+# ---- 6: fused representations of FFDM and SM ------------------------------------------------------------------------
+
+SEEN = ('ffdm', 'sm', 'ffdm', 'both', 'ffdm', 'sm', 'neither', None)        # where a lesion shows; None: there is none
+
+
+def pairs_of_phantoms(folder, trace, parts=(480, 80, 240)):
+    """Mammograms ffdm/NNNN.npy and sm/NNNN.npy of the same breasts, with sm.csv and ffdm.csv as detect.py takes them,
+    their labels saying where the lesion shows; and shuffled.csv, which pairs each SM with the FFDM of another breast of
+    its split. A lesion that only the FFDM shows keeps the share `trace` of its contrast in the SM. -> the folder"""
+    if (folder / 'shuffled.csv').exists():
+        return folder
+    contrasts = dict(ffdm=(1, trace), sm=(0, 1), both=(1, 1), neither=(0, 0))
+    splits, rows = np.repeat(('train', 'val', 'test'), parts), dict(sm=[], ffdm=[], shuffled=[])
+    other = np.concatenate([np.roll(np.flatnonzero(splits == part), 1) for part in ('train', 'val', 'test')])
+    for name in ('sm', 'ffdm'):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for i, split in enumerate(splits):
+        seen = SEEN[i % len(SEEN)]
+        p = mask.phantom(np.random.default_rng([99, 15, i]), slices=8, lesion=seen is not None,
+                         contrasts=contrasts.get(seen, (0, 0)))
+        box = (0, *p.boxes[0][1:], seen) if seen else [''] * 6
+        for name, file in (('sm', i), ('ffdm', i), ('shuffled', other[i])):
+            kind = 'sm' if name == 'sm' else 'ffdm'
+            rows[name].append((f'{kind}/{file:04d}.npy', i, i, 'LCC', split, *box))
+            if name == kind:
+                np.save(folder / kind / f'{i:04d}.npy', mask.clahe(mask.to_uint8(getattr(p, kind))))
+    for name, lines in rows.items():
+        detect.write_csv(folder / f'{name}.csv', ('path', 'patient', 'study', 'view', 'split',
+                                                  'frame', 'x0', 'y0', 'x1', 'y1', 'label'), lines)
+    return folder
+
+
+PAIRED = dict(size=168, channels=32, batch=16, micro_batch=16, workers=0, min_distance=10.0, dropout=0.05, lr=2e-3,
+              freeze=False, normals=0.3, draws=100)
+TRACES = (0.3, 0.0)
+FUSED = {                                                   # what stands beside A's levels in stage III
+    'A alone': None,
+    'A beside A: equal parameters': 'A',
+    'fused, B learnt from C': 'B',
+    'fused, B learnt from shuffled pairs': 'shuffled',
+    'fused, B random': 'random',
+    'bound: A and C, both images': 'C'}
+
+
+def fused(out):
+    """Mechanism test of the three stages: 480 pairs to train, 80 to choose the epoch, 240 to test (90 lesions in FFDM
+    alone, 60 in SM alone, 30 each in both and neither), the same for all. All arms of stage III start from the same A,
+    train equally long and have equal parameters. With a trace of 0 the SM knows nothing of what only the FFDM shows, so
+    B has nothing to tell."""
+    rows = []
+    for trace in TRACES:
+        place = Path(out) / f'pairs-{trace}'
+        root = pairs_of_phantoms(place, trace)
+        arms = {arm: beside for arm, beside in FUSED.items() if trace or beside in (None, 'A', 'B')}
+        for stage in zip(*(stages(out, place, root, seed, arms.values()) for seed in SEEDS)):
+            in_lanes({name: [sys.executable, str(ROOT / 'detect.py'), *flags(values | dict(out=name, resume=True))]
+                      for runs in stage for name, values in runs.items() if not Path(name, 'scores.json').exists()})
+        runs = {arm: [f'{place}/fused-{beside}-{seed}' if beside else f'{place}/A-{seed}' for seed in SEEDS]
+                for arm, beside in arms.items()}
+        runs['C alone, FFDM'] = [f'{out}/pairs-{TRACES[0]}/C-{seed}' for seed in SEEDS]
+        scored, weights = scores(runs, PAIRED['min_distance'])
+        classes = detect.read_truth(f'{place}/A-0/labels.csv', f'{place}/A-0/boxes.csv')[2]
+        areas = {arm: np.array([[areas_by_class(s.flat, w, classes) for w in weights] for s in seeds])
+                 for arm, seeds in scored.items()}          # (seeds, 1 + draws, 1 + classes)
+        for i, kind in enumerate(('all', *sorted(set(classes)))):
+            rows += over_seeds({arm: found[..., i] for arm, found in areas.items()}, list(FUSED)[:2], trace=trace,
+                               lesions=kind)
+    write('fused', rows)
+
+
+def stages(out, place, root, seed, beside):
+    """The runs {folder: flags} of stages I, II and III of a seed. `beside`: what stage III puts beside A. C is the same
+    for every trace, since the FFDM has none to lose."""
+    at = {name: f'{place}/{name}-{seed}' for name in ('A', 'B', 'shuffled', 'random')} | dict(
+        C=f'{out}/pairs-{TRACES[0]}/C-{seed}')
+    base = PAIRED | dict(encoder=f'{out}/mammodino-0/last.pt', root=f'{root}/sm.csv', seed=seed)
+    second = dict(B=base | dict(epochs=5, mimic=at['C'], paired=f'{root}/ffdm.csv'),
+                  shuffled=base | dict(epochs=5, mimic=at['C'], paired=f'{root}/shuffled.csv'),
+                  random=base | dict(epochs=0, random_encoder=True))
+    both = dict(C=dict(paired=f'{root}/ffdm.csv'))          # the bound sees the FFDM, too
+    return ({at['A']: base | dict(epochs=8), at['C']: base | dict(epochs=8, root=f'{root}/ffdm.csv')},
+            {at[name]: values for name, values in second.items() if name in beside},
+            {f'{place}/fused-{name}-{seed}': base | dict(epochs=6, start=at['A'], fuse=at[name]) | both.get(name, {})
+             for name in beside if name})
+
+
+def areas_by_class(m, weight, classes):
+    """FAUC-1 of all lesions, then of each class alone, false positives counted as for all: (1 + classes,)"""
+    thresholds, false_positives, _ = detect.curve(m, weight, every=True)
+    width = np.diff(np.append(np.minimum(false_positives, 1), 1))
+    found = m.best >= thresholds[width > 0, None]                                       # (thresholds, G)
+    count = weight[m.home] * np.array([classes == classes, *(classes == name for name in sorted(set(classes)))])
+    with np.errstate(invalid='ignore'):
+        return width[width > 0] @ (found @ count.T / count.sum(1))
+
+
+# ---- 7: three detectors ---------------------------------------------------------------------------------------------
+
+DETR = detect.DETR_DEMO | dict(head='detr')
+REAL_DETECTOR = dict(size=252, channels=64, batch=16, micro_batch=16, workers=0, dropout=0.05, lr=2e-3, draws=100)
+
+
+def detectors(out, sources, encoder):
+    """RetinaNet and DINO-DETR on the same encoder with as many epochs, and on the SM of the paired phantoms the fused
+    detector of `fused`, which has had A, B and C trained before; beside it RetinaNet trained as long as its last two
+    stages. sources {name: (detect.py's data set, root, pixels of a hit, epochs)}: real mammograms, seed 0, frozen
+    `encoder`."""
+    place, rows = f'{out}/pairs-{TRACES[0]}', []
+    root = pairs_of_phantoms(Path(place), TRACES[0])
+    base = PAIRED | dict(encoder=f'{out}/mammodino-0/last.pt', root=f'{root}/sm.csv', epochs=8)
+    todo = {f'{place}/detr-{seed}': base | DETR | dict(seed=seed) for seed in SEEDS}
+    runs = {'SM of phantoms': ({'RetinaNet': [f'{place}/A-{seed}' for seed in SEEDS],
+                                'RetinaNet, 6 epochs more': [f'{place}/fused-A-{seed}' for seed in SEEDS],
+                                'DINO-DETR': [f'{place}/detr-{seed}' for seed in SEEDS],
+                                'fused': [f'{place}/fused-B-{seed}' for seed in SEEDS]}, PAIRED['min_distance'])}
+    for name, (dataset, root, reach, epochs) in sources.items():
+        real = REAL_DETECTOR | dict(dataset=dataset, root=root, min_distance=reach, epochs=epochs, encoder=encoder)
+        todo |= {f'{out}/{slug(name)}-retinanet': real, f'{out}/{slug(name)}-detr': real | DETR}
+        runs[name] = {'RetinaNet': [f'{out}/{slug(name)}-retinanet'], 'DINO-DETR': [f'{out}/{slug(name)}-detr']}, reach
+    in_lanes({name: [sys.executable, str(ROOT / 'detect.py'), *flags(values | dict(out=name, resume=True))]
+              for name, values in todo.items() if not Path(name, 'scores.json').exists()})
+    metrics = {'mean sensitivity at 1-4 FP': lambda s, w: s.with_lesions(w)[-1], 'FAUC-1': lambda s, w: s.fauc(w)[0],
+               'AP': lambda s, w: s.overlap(w)[0].mean()}
+    for name, (detectors, reach) in runs.items():
+        scored, weights = scores(detectors, reach)
+        for metric, of in metrics.items():
+            values = {detector: np.array([[of(s, w) for w in weights] for s in seeds])
+                      for detector, seeds in scored.items()}
+            rows += over_seeds(values, ('RetinaNet',), data=name, metric=metric)
+        rows += [dict(data=name, metric='ms per image', arm=detector, seed=0, value=milliseconds(folders[0]))
+                 for detector, folders in detectors.items()]
+    write('detectors', rows)
+
+
+def milliseconds(run, rounds=5):
+    """Median time of a detector for one image in memory, one thread, from pixels to boxes."""
+    cfg, detector, _ = detect.restored(run)
+    image = torch.rand(1, 1, cfg.size, cfg.size)
+    torch.set_num_threads(1)
+    times = []
+    with torch.no_grad():
+        for _ in range(rounds + 2):
+            began = time.perf_counter()
+            detector.findings(cfg, detector(image))
+            times.append(1000 * (time.perf_counter() - began))
+    return float(np.median(times[2:]))
 
 
 # ---- tables and pictures ---------------------------------------------------------------------------------------------
@@ -982,13 +1147,14 @@ if __name__ == '__main__':
         sys.exit(pretrain_with_lesions_masked(sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=('difficulty', 'ablation', 'adjacent', 'tissue', 'thresholds', 'hidden',
-                                         'occlusion', 'attention', 'tables', 'pictures'))
+                                         'occlusion', 'attention', 'fused', 'detectors', 'tables', 'pictures'))
     parser.add_argument('sources', nargs='*', help='tissue: NAME=FILE of CSV files')
     parser.add_argument('--out', default='runs/experiments', help='folder of phantoms and encoders')
     parser.add_argument('--data', help='ablation: prepared mammograms to pretrain on; phantoms without it')
     parser.add_argument('--mias', help='folder of mini-MIAS')
     parser.add_argument('--cbis', help='folder of CBIS-DDSM')
-    parser.add_argument('--boxes', help='hidden: boxes in CBIS-DDSM, a list as detect.py takes and writes it')
+    parser.add_argument('--boxes', help='hidden, detectors: boxes in CBIS-DDSM, a list as detect.py takes it')
+    parser.add_argument('--encoder', help='detectors: a last.pt of pretrain.py, trained on real mammograms')
     parser.add_argument('--demo', default='runs/demo', help='pictures: the run whose curves are drawn')
     args = parser.parse_args()
     if args.what not in ('tables', 'pictures'):
@@ -1002,8 +1168,11 @@ if __name__ == '__main__':
     elif args.what == 'hidden':
         hidden(args.out, {name: where for name, where in (
             ('mini-MIAS', ('mias', args.mias)), ('CBIS-DDSM masses', ('csv', args.boxes))) if where[1]})
+    elif args.what == 'detectors':
+        real = {'CBIS-DDSM masses': ('csv', args.boxes, 20.0, 6), 'mini-MIAS': ('mias', args.mias, 25.0, 12)}
+        detectors(args.out, {name: where for name, where in real.items() if where[1]}, args.encoder)
     elif args.what == 'tissue':
         tissue(args.out, args.sources)
     else:
         dict(difficulty=difficulty, ablation=ablation, adjacent=adjacent, thresholds=thresholds, occlusion=occlusion,
-             attention=attention)[args.what](args.out)
+             attention=attention, fused=fused)[args.what](args.out)

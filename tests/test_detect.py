@@ -1156,3 +1156,246 @@ def test_a_small_demo_runs_and_draws(tmp_path, encoder, capsys):
         assert np.asarray(Image.open(tmp_path / 'demo' / name)).std() > 5
     with pytest.raises(ValueError, match='is not empty; choose another --out'):
         cli('--out', tmp_path / 'demo', '--phantoms', 40)
+
+
+# ---- DINO-DETR in place of RetinaNet --------------------------------------------------------------------------------
+
+DETR = ('--head', 'detr', '--queries', 12, '--layers', 1, 2, '--denoising', 8)
+
+
+def test_dino_detr_trains_resumes_exactly_and_predicts(lesions, encoder, tmp_path):
+    arguments = ('--root', lesions, '--encoder', encoder, *FAST, *DETR, '--epochs', 2)
+    cli(*arguments, '--out', tmp_path / 'whole')
+    state = torch.load(tmp_path / 'whole/last.pt', weights_only=True)
+    assert state['config']['clip'] == 0.1 and all(line['loss'] > line['box'] > 0 for line in log(tmp_path / 'whole'))
+    assert len(detect.read_predictions(tmp_path / 'whole')) > 30
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(detect, 'validated', interrupted_after(1))
+        cli(*arguments, '--out', tmp_path / 'cut')
+    cli(*arguments, '--out', tmp_path / 'cut', '--resume')
+    one, two = weights(tmp_path / 'whole'), weights(tmp_path / 'cut')
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    cli('predict', lesions / '30.npy', '--checkpoint', tmp_path / 'whole', '--out', tmp_path / 'found',
+        '--threshold', 0)
+    assert json.loads((tmp_path / 'found/findings.json').read_text())['findings']
+
+
+def interrupted_after(epochs):
+    whole, calls = detect.validated, []
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) > epochs:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+    return stop
+
+
+def test_dino_detr_is_told_the_lesions_in_shares_of_the_image_and_answers_in_pixels():
+    cfg = Config(size=84, channels=32, head='detr', queries=5, layers=(1, 1), top=4)
+    detector = detect.assembled(cfg, vit.ViT(**TINY), None).eval()
+    batch = dict(boxes=[torch.tensor([[21.0, 42, 63, 84]]), torch.zeros(0, 4)])
+    one, none = detector.targets(batch, 'cpu')
+    torch.testing.assert_close(one['boxes'], torch.tensor([[0.5, 0.75, 0.5, 0.5]]))
+    assert none['boxes'].shape == (0, 4) and detector.count(batch) == 1
+    answers = dict(layers=[(torch.tensor([[[-1.0], [2], [0], [1], [-3]]]), torch.full((1, 5, 4), 0.5))])
+    (boxes, scores), = detector.findings(cfg, answers)
+    torch.testing.assert_close(scores, torch.tensor([2.0, 1, 0, -1]).sigmoid())
+    torch.testing.assert_close(boxes[0], torch.tensor([21.0, 21, 63, 63]))
+    assert Config(head='detr').lr == 1e-4 and Config().lr == 5e-4 and Config(head='detr', lr=3e-3).lr == 3e-3
+
+
+def test_dino_detr_looks_where_the_anchors_sit():
+    detector = detect.assembled(Config(size=518, channels=32, head='detr', layers=(0, 1)), vit.ViT(**TINY), None)
+    levels = [torch.zeros(1, 1, cells, cells) for cells in detect.grids(518)]
+    found = 518 * detect.detr.Grid.of(levels, detector.head.centres).centres()
+    a = detect.anchors(518)
+    torch.testing.assert_close(found, ((a[:, :2] + a[:, 2:]) / 2)[4::9], rtol=0, atol=1e-2)
+
+
+# ---- fused representations ------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def exams(tmp_path_factory):
+    """FFDM of 96x72 and SM of 80x60 of the same breasts, the lesion in the FFDM bright, in the SM faint; as lists."""
+    root, lines = tmp_path_factory.mktemp('exams'), dict(sm=[], ffdm=[])
+    for i in range(24):
+        rng, split = np.random.default_rng([5, i]), 'train' if i < 12 else 'val' if i < 18 else 'test'
+        breast = np.zeros((80, 60), np.uint8)
+        breast[8:72, :40] = rng.integers(60, 90, (64, 40))
+        x, y = rng.integers(5, 25), rng.integers(15, 50)
+        for kind, value, size in (('sm', 20, (60, 80)), ('ffdm', 120, (72, 96))):
+            image = breast.copy()
+            image[y:y + 12, x:x + 12] += np.uint8(value)
+            folder = root / kind
+            folder.mkdir(exist_ok=True)
+            np.save(folder / f'{i}.npy', np.asarray(Image.fromarray(image).resize(size)))
+            f = size[0] / 60
+            lines[kind].append(f'{kind}/{i}.npy|p{i}|e{i}|LCC|{split}|{x * f}|{y * f}|{(x + 12) * f}|{(y + 12) * f}')
+    for kind, rows in lines.items():
+        write(root / f'{kind}.csv', ['path|patient|study|view|split|x0|y0|x1|y1', *rows])
+    return root
+
+
+def paired_config(exams, **changes):
+    return Config(**dict(root=str(exams / 'sm.csv'), paired=str(exams / 'ffdm.csv'), mimic='C', size=84) | changes)
+
+
+def test_pairs_are_matched_by_exam_side_and_view_and_every_other_image_is_named(exams, tmp_path):
+    volumes, notes = detect.load(paired_config(exams))
+    assert len(volumes) == 24 and not notes
+    assert all(v.partner.endswith(f'ffdm/{v.patient[1:]}.npy') for v in volumes)
+    text = (exams / 'ffdm.csv').read_text().replace(',e3,LCC', ',e3,RCC').replace('ffdm/', f'{exams}/ffdm/')
+    lines = text.splitlines()
+    lines[5] = lines[5].replace('ffdm/4.npy', 'sm/4.npy').replace('sm/4', 'wide')
+    np.save(exams / 'wide.npy', np.full((80, 80), 7, np.uint8))
+    (tmp_path / 'other.csv').write_text('\n'.join(lines[:-1]))
+    volumes, notes = detect.load(paired_config(exams, paired=str(tmp_path / 'other.csv')))
+    assert len(volumes) == 21 and 'p3/e3/LCC is not in' in notes[0] and 'p23/e23/LCC is not in' in notes[0]
+    assert 'p4/e4/LCC: 1 images of 60x80 and 1 of 80x80' in notes[0] and 'have no pair: p3/e3/RCC' in notes[1]
+    (tmp_path / 'none.csv').write_text('path,x0,y0,x1,y1\na.npy,,,,')
+    with pytest.raises(ValueError, match='has a pair in .* patient, study and view must agree'):
+        detect.load(paired_config(exams, paired=str(tmp_path / 'none.csv')))
+
+
+def test_both_images_of_a_pair_get_the_same_flips_windows_and_rectangles(exams):
+    volumes, _ = detect.load(paired_config(exams))
+    twins = [detect.replace(v, partner=v.path) for v in volumes]
+    frames, moved = detect.Frames(paired_config(exams), twins), 0
+    for i in range(30):
+        sample = frames[3, 0, 0, i]
+        assert sample['image'].shape == (2, 84, 84) and np.array_equal(*sample['image'])
+        moved += not np.array_equal(sample['image'][0], frames[3, 0]['image'][0])
+        assert sample['tissue'].mean() > 0.1
+    assert moved > 15
+    np.save(exams / 'mirrored.npy', np.load(volumes[0].partner)[:, ::-1])
+    mirrored = detect.replace(volumes[0], partner=str(exams / 'mirrored.npy'))
+    assert 'is the mirror image of its pair' in detect.Frames(paired_config(exams), [mirrored])[0, 0]
+
+
+def mimic(channels=32, width=64):
+    torch.manual_seed(0)
+    other = detect.Features(vit.ViT(**TINY, layerscale=1.0), width)
+    return detect.Mimic(vit.ViT(**TINY, layerscale=1.0), channels, False, other, 84)
+
+
+def test_stage_two_is_minus_the_cosine_inside_tissue_and_moves_b_alone():
+    net, cfg = mimic().train(), Config(size=84)
+    before = {k: v.clone() for k, v in net.other.state_dict().items()}
+    images, tissue = torch.rand(2, 2, 84, 84), torch.zeros(2, 84, 84, dtype=torch.bool)
+    tissue[0, 20:60, 10:70] = True                          # the second image holds none
+    answers = net(images)
+    loss, *levels = net.objective(cfg, answers, dict(tissue=tissue))
+    expected, places = [], detect.anchors(84)
+    start = 0
+    for (guess, aim), cells in zip(answers, detect.grids(84)):
+        middle = ((places[:, :2] + places[:, 2:]) / 2)[start:start + 9 * cells ** 2:9].long()           # x y
+        start += 9 * cells ** 2
+        here = tissue[0][middle[:, 1], middle[:, 0]]
+        cosine = torch.cosine_similarity(guess[0].flatten(1), aim[0].flatten(1), dim=0)
+        expected.append(-cosine[here].mean() if here.any() else torch.tensor(0.0))
+    torch.testing.assert_close(torch.stack(levels), torch.stack(expected))
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+    assert net.count(dict(tissue=tissue)) == 1
+    loss.backward()
+    assert all(p.grad is None for p in net.other.parameters()) and not net.other.training
+    assert net.pyramid.p3.weight.grad.abs().max() > 0 and net.encoder.patch_embed.proj.weight.grad.abs().max() > 0
+    assert all(torch.equal(before[k], v) for k, v in net.other.state_dict().items())
+
+
+def test_a_collapsed_b_is_detected(exams, group, capsys):
+    """A guess that is the same everywhere has no spread; a B that is C has all of it."""
+    volumes = [v for v in detect.load(paired_config(exams))[0] if v.split == 'val']
+    cfg = paired_config(exams, workers=0)
+    dead = mimic()
+    for project in dead.project:
+        torch.nn.init.zeros_(project.weight)
+    score, found = detect.likeness(cfg, dead, volumes, torch.device('cpu'))
+    assert max(found['spread']) < 1e-2 and all(c <= best for c, best in zip(found['cosine'], found['constant']))
+    detect.explain(found)
+    assert capsys.readouterr().out.count('has collapsed') == 4
+    twin = mimic(channels=64)
+    twin.encoder.load_state_dict(twin.other.encoder.state_dict())
+    twin.pyramid.load_state_dict(twin.other.pyramid.state_dict())
+    for project in twin.project:                            # the identity
+        torch.nn.init.dirac_(project.weight)
+        torch.nn.init.zeros_(project.bias)
+    same = [detect.replace(v, partner=v.path) for v in volumes]
+    score, found = detect.likeness(cfg, twin, same, torch.device('cpu'))
+    assert score == pytest.approx(1, abs=1e-4) and found['spread'] == pytest.approx([1] * 4, abs=1e-3)
+    detect.explain(found)
+    assert 'has collapsed' not in capsys.readouterr().out
+
+
+def test_fused_levels_are_both_models_levels_mixed_and_b_stays_frozen():
+    torch.manual_seed(0)
+    b, detector = (make(vit.ViT(**TINY, layerscale=1.0), 32, freeze=False)
+                   for make in (detect.Features, detect.Detector))
+    detector.fuse(b, 32).train()
+    assert not detector.fusion.other.training and detector.encoder.training
+    images = torch.rand(1, 1, 84, 84)
+    own, other = detector.pyramid(detector.encoder(images)[1]), b.levels(images)
+    for level, mine in zip(detector.levels(images), own):   # it begins as the detector that it was
+        assert torch.equal(level, mine)
+    for mix in detector.fusion.mix:
+        torch.nn.init.normal_(mix.weight)
+    for level, mix, mine, theirs in zip(detector.levels(images), detector.fusion.mix, own, other):
+        torch.testing.assert_close(level, mix(torch.cat([mine, theirs], 1)), rtol=1e-4, atol=1e-5)
+    logits, _ = detector(images)
+    logits.sum().backward()
+    assert all(p.grad is None for p in b.parameters())
+    assert all(p.grad.abs().max() > 0 for p in (detector.pyramid.p3.weight, detector.classify.answer.weight,
+                                                detector.encoder.norm.weight, detector.fusion.mix[0].weight))
+    assert not any('other' in name for name in detector.learnt())
+    both = torch.cat([images, torch.rand(1, 1, 84, 84)], 1)                             # the bound: B sees the second
+    assert not torch.equal(detector.levels(both)[0], detector.levels(images)[0])
+    torch.testing.assert_close(detector.levels(images.repeat(1, 2, 1, 1))[0], detector.levels(images)[0])
+
+
+def test_the_three_stages_end_in_a_detector_that_needs_sm_alone(exams, encoder, tmp_path, capsys):
+    fast = ('--encoder', encoder, *FAST, '--epochs', 1)
+    run = {name: tmp_path / name for name in ('A', 'C', 'B', 'fused', 'bound')}
+    cli('--root', exams / 'sm.csv', '--out', run['A'], *fast)
+    cli('--root', exams / 'ffdm.csv', '--out', run['C'], *fast)
+    pairs = ('--root', exams / 'sm.csv', '--paired', exams / 'ffdm.csv')
+    cli(*pairs, '--mimic', run['C'], '--out', run['B'], *fast, '--seed', 1)
+    assert "C's mean alone" in capsys.readouterr().out and len(scores(run['B'])['spread']) == 4
+    cli('--root', exams / 'sm.csv', '--start', run['A'], '--fuse', run['B'], '--out', run['fused'], *fast)
+    assert 'fused trained on pretrained' in capsys.readouterr().out
+    b, fused = (torch.load(run[name] / 'last.pt', weights_only=True) for name in ('B', 'fused'))
+    assert torch.equal(b['best']['weights']['pyramid.p3.weight'], fused['other']['weights']['pyramid.p3.weight'])
+    start, a = detect.build(Config(start=str(run['A']), fuse=str(run['B']), channels=32)), detect.restored(run['A'])[1]
+    assert all(torch.equal(v, start.state_dict()[k]) for k, v in a.state_dict().items())
+    cli('score', run['A'], run['fused'], '--draws', 10, '--out', tmp_path / 'score')
+    run['B'].rename(tmp_path / 'gone')                      # the checkpoint is whole without it
+    cli('predict', exams / 'sm/20.npy', '--checkpoint', run['fused'], '--out', tmp_path / 'found')
+    cli(*pairs, '--start', run['A'], '--fuse', run['C'], '--out', run['bound'], *fast)
+    for name, why in ((tmp_path / 'gone', 'finds nothing, it mimics'), (run['bound'], 'needs both images')):
+        with pytest.raises(ValueError, match=why):
+            cli('predict', exams / 'sm/20.npy', '--checkpoint', name)
+    with pytest.raises(ValueError, match='is fused itself'):
+        detect.features_of(run['fused'])
+    with pytest.raises(ValueError, match='has 32 channels, --channels is 64'):
+        detect.build(Config(start=str(run['A']), channels=64))
+    for wrong, why in ((dict(mimic='C'), 'needs --paired'), (dict(paired='x'), 'goes with --mimic'),
+                       (dict(head='yolo'), 'expected retinanet or detr'), (dict(head='detr', search=2), '--search')):
+        with pytest.raises(ValueError, match=why):
+            detect.check(Config(root='x', **wrong), 1)
+
+
+def test_the_phantoms_of_a_pair_show_their_lesion_where_they_should():
+    def visible(contrasts):
+        """Brightness of the lesion against the same breast without it"""
+        with_, without = (mask.phantom(np.random.default_rng(4), slices=8, lesion=True, contrasts=c)
+                          for c in (contrasts, (0, 0)))
+        _, x0, y0, x1, y1 = with_.boxes[0].astype(int)
+        return [(getattr(with_, name)[y0:y1, x0:x1].astype(float) - getattr(without, name)[y0:y1, x0:x1]).mean()
+                for name in ('ffdm', 'sm')]
+
+    for contrasts in ((1, 0), (0, 1), (1, 1), (0, 0), (0.3, 0)):
+        for wanted, found in zip(contrasts, visible(contrasts)):
+            assert abs(found) < 0.5 if not wanted else found > 15 * wanted, (contrasts, found)
+    p = mask.phantom(np.random.default_rng(4), slices=8, lesion=False, contrasts=(1, 1))
+    assert p.ffdm.shape == p.sm.shape == p.tissue.shape and not p.ffdm[~p.tissue].any() and p.volume.shape[0] == 8
+    with pytest.raises(ValueError, match='contrasts project a volume'):
+        mask.phantom(np.random.default_rng(4), contrasts=(1, 1))

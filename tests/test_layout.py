@@ -8,9 +8,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-LEAVES = ('mask', 'sampler', 'vit', 'losses')
-MAY_IMPORT = {**{leaf: set() for leaf in LEAVES}, 'pretrain': set(LEAVES), 'finetune': {'mask', 'vit'},
-              'detect': {'mask', 'vit'}}
+LEAVES = ('mask', 'sampler', 'vit', 'losses', 'detr')
+MAY_IMPORT = {**{leaf: set() for leaf in LEAVES}, 'pretrain': set(LEAVES) - {'detr'}, 'finetune': {'mask', 'vit'},
+              'detect': {'mask', 'vit', 'detr'}}
 PACKAGES = {'torch', 'numpy', 'PIL', 'pydicom', 'scipy', 'tqdm'}
 SCRIPTS = [name for name in ('pretrain', 'finetune', 'detect') if (ROOT / f'{name}.py').exists()]
 SHARED = ('option', 'parse', 'setup', 'save', 'cosine', 'commit', 'knn', 'resample', 'bootstrap', 'mcnemar',
@@ -69,7 +69,7 @@ def test_help_shows_the_docstring_and_every_flag_with_its_source_in_groups(scrip
 
 def test_the_readme_names_only_what_exists():
     readme = (ROOT / 'README.md').read_text()
-    named = re.findall(r'\b(mask|sampler|vit|losses|pretrain|finetune|detect)\.py:(\w+)', readme)
+    named = re.findall(r'\b(mask|sampler|vit|losses|detr|pretrain|finetune|detect)\.py:(\w+)', readme)
     assert len(named) > 15
     for module, name in named:
         assert re.search(rf'^\s*(def|class) {name}\b|^{name}\s*[:=]', source(module), re.M), f'{module}.py:{name}'
