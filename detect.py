@@ -9,9 +9,9 @@
 
 Fused representations of synthetic (SM) and full-field mammograms (FFDM), of which the end needs SM alone:
 
-    $ python detect.py --root SM.csv --out A; python detect.py --root FFDM.csv --out C                # stage I
-    $ python detect.py --root SM.csv --paired FFDM.csv --mimic C --out B                              # II: C from SM
-    $ python detect.py --root SM.csv --start A --fuse B --out FUSED                                   # III
+    $ python detect.py --no-freeze --root SM.csv --out A                              # stage I, C likewise on FFDM.csv
+    $ python detect.py --no-freeze --root SM.csv --paired FFDM.csv --mimic C --out B                # II: C from SM
+    $ python detect.py --no-freeze --root SM.csv --init_from A --fuse B --out FUSED                 # III
 
 A slice, squashed to S x S pixels, becomes patch tokens of a frozen or finetuned encoder, four pyramid levels, and for
 each of A anchors a logit and four deltas. The boxes of all slices of a volume merge into findings, which go back to
@@ -112,8 +112,8 @@ class Config:
     mimic: str | None = option(None, 'fused', 'stage II: learn the pyramid of this run on --paired from the images of '
                                '--root alone')
     fuse: str | None = option(None, 'fused', 'stage III: the levels of this run, frozen, beside the trained ones')
-    start: str | None = option(None, 'ours', 'encoder, pyramid and head start from this run; with --mimic by default '
-                               'from that one')
+    init_from: str | None = option(None, 'ours', 'encoder, pyramid and head begin as in this run; with --mimic by '
+                                   'default as in that one')
 
     epochs: int = option(50, '6.2.3', 'at most; 0 scores an untrained detector', group='optimization')
     patience: int = option(10, '6.2.3', 'epochs without a better validation before training stops')
@@ -240,18 +240,20 @@ def check(cfg, ranks):
         wrong.append('--root is empty; give a data set, or leave it out for the demo')
     if cfg.head not in ('retinanet', 'detr'):
         wrong.append(f'--head {cfg.head}: expected retinanet or detr')
-    if min(cfg.layers) < 0 or not cfg.layers[1]:
-        wrong.append(f'--layers {cfg.layers[0]} {cfg.layers[1]}: expected 0 or more, and 1 or more')
+    if min(cfg.layers) < 1:
+        wrong.append(f'--layers {cfg.layers[0]} {cfg.layers[1]}: expected 1 or more of both')
     if cfg.search and (cfg.head != Config.head or cfg.mimic):
         wrong.append('--search draws the settings of RetinaNet; it goes with neither --head detr nor --mimic')
-    if cfg.mimic and (cfg.fuse or not cfg.paired):
-        wrong.append('--mimic needs --paired LIST, and no --fuse: they are two stages')
+    if cfg.mimic and (cfg.fuse or not cfg.paired or not cfg.epochs or cfg.head != Config.head):
+        wrong.append('--mimic needs --paired LIST and --epochs, and goes with neither --head nor --fuse')
     if cfg.paired and not (cfg.mimic or cfg.fuse):
         wrong.append('--paired goes with --mimic, or with --fuse of a run on those images')
+    if cfg.random_encoder and (cfg.mimic or cfg.init_from):
+        wrong.append('--random_encoder with --mimic or --init_from, which bring an encoder')
+    if '' in (cfg.paired, cfg.mimic, cfg.fuse, cfg.init_from):
+        wrong.append('--paired, --mimic, --fuse or --init_from is empty')
     if (cfg.paired or cfg.mimic or cfg.fuse) and cfg.root is None:
         wrong.append('--paired, --mimic and --fuse need --root DIR')
-    if cfg.mimic and not cfg.epochs:
-        wrong.append('--mimic with --epochs 0 learns nothing')
     if cfg.search and not cfg.epochs:
         wrong.append('--search with --epochs 0 has nothing to compare')
     if wrong:
@@ -410,18 +412,15 @@ class Features(nn.Module):
         encoder.mask_token.requires_grad_(False)            # nothing is masked here; DDP waits for every gradient
 
     def train(self, mode=True):
-        """A frozen encoder stays in eval mode, whoever calls train()."""
+        """What is frozen stays in eval mode, whoever calls train()."""
         super().train(mode)
         self.encoder.train(mode and not self.freeze)
-        return self
-
-    def fuse(self, other, channels):
-        """Other features, frozen, beside these from now on"""
-        self.fusion = Fusion(other, channels)
+        if self.frozen_part():
+            self.frozen_part().eval()
         return self
 
     def frozen_part(self):
-        """The features of another run in here"""
+        """The features of another run in here, None without"""
         return self.fusion.other if self.fusion else self.other
 
     def levels(self, images):
@@ -549,8 +548,8 @@ def losses(cfg, logits, deltas, batch, anchors):
 
 class Fusion(nn.Module):
     """Stage III: the levels of `other`, which is frozen, beside one's own, and a 1x1 convolution back to C channels. It
-    starts by passing one's own through, so with --start A the fused detector begins as A; the paper hands both widths
-    to its predictor and does not say how that begins."""
+    starts by passing one's own through, so with --init_from A the fused detector begins as A; the paper hands both
+    widths to its predictor and does not say how that begins."""
 
     def __init__(self, other, channels):
         super().__init__()
@@ -560,11 +559,6 @@ class Fusion(nn.Module):
         for mix in self.mix:
             nn.init.dirac_(mix.weight)                      # 1 from each own channel, 0 elsewhere
             nn.init.zeros_(mix.bias)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.other.eval()
-        return self
 
     def forward(self, levels, images):
         """Own levels (B, C, cells, cells), images (B, 1 or 2, S, S) -> fused levels (B, C, cells, cells). Where there
@@ -585,11 +579,6 @@ class Mimic(Features):
         self.other, self.cells = other.requires_grad_(False), cell_centres(size)
         width = other.pyramid.p4.out_channels
         self.project = nn.ModuleList(nn.Conv2d(channels, width, 3, padding=1) for _ in LEVELS)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.other.eval()
-        return self
 
     def forward(self, images, batch=None):
         """(B, 2, S, S) -> guesses and what they aim at, of each level both (B, C, cells, cells) of length 1"""
@@ -631,11 +620,7 @@ def likeness(cfg, model, volumes, device):
     sums = [torch.zeros(2, device=device) for _ in LEVELS]                              # cosine, locations
     means = [torch.zeros(2, project.out_channels, device=device) for project in model.project]
     mine = [(v, 0) for v in range(len(volumes))][dist.get_rank()::dist.get_world_size()]
-    for samples in DataLoader(Frames(cfg, volumes), sampler=mine, batch_size=cfg.micro_batch, collate_fn=list,
-                              num_workers=cfg.workers):
-        samples = [sample for sample in samples if isinstance(sample, dict)]
-        if not samples:
-            continue
+    for samples in readable(cfg, volumes, mine):
         images, tissue = (torch.from_numpy(np.stack([s[name] for s in samples])) for name in ('image', 'tissue'))
         with autocast(cfg, device):
             answers = model(pixels(images, device))
@@ -662,29 +647,28 @@ def explain(best):
                             ).items():
         print(f'  {title:36s}' + ''.join(f'{value:10.3f}' for value in best[name]))
     for name, spread, cosine, constant in zip(LEVELS, best['spread'], best['cosine'], best['constant']):
-        if spread < 0.1 or cosine <= constant:
-            print(f'  {name} has collapsed: B says nearly the same everywhere, which is no better than the mean of C')
+        if constant and spread < 0.1:                       # constant 0: no cell of this level lies in tissue
+            print(f'  {name} has collapsed: B says nearly the same everywhere')
+        elif constant and cosine <= constant:
+            print(f"  {name}: B is no better than the mean of C, so it has learnt nothing of this level")
 
 
 def paired(cfg, volumes, notes):
     """Each image with its `partner`, the file of the same patient, study and view (laterality included) in --paired.
     Without one, or with one of another shape, it takes no part, by name: their pixels would not correspond."""
-    others, pairs, wrong = {other.key: other for other in listed(replace(cfg, root=cfg.paired))[0]}, [], []
+    there, there_too = listed(replace(cfg, root=cfg.paired))
+    others, pairs, wrong = {other.key: other for other in there}, [], []
+    if len(others) < len(there):
+        twice, _ = Counter(other.key for other in there).most_common(1)[0]
+        raise ValueError(f"{cfg.paired}: {'/'.join(twice)} is listed twice; patient, study and view tell images apart")
     for volume in volumes:
-        name = '/'.join(volume.key)
-        if volume.key not in others:
-            wrong.append(f'{name} is not in {cfg.paired}')
-            continue
-        partner = others.pop(volume.key).path
-        try:
-            (slices, H, W), (others_slices, h, w) = (mask.shape(path) for path in (volume.path, partner))
-        except (ValueError, OSError) as problem:
-            wrong.append(str(problem))
-            continue
-        if slices > 1 or others_slices > 1 or abs(H * w / (W * h) - 1) > 0.02:
-            wrong.append(f'{name}: {slices} images of {W}x{H} and {others_slices} of {w}x{h}')
-            continue
-        pairs.append(replace(volume, partner=partner))
+        partner = others.pop(volume.key, None)
+        why = misfit(volume, partner) if partner else f'not in {cfg.paired}'
+        if why:
+            wrong.append(f"{'/'.join(volume.key)}: {why}")
+        else:
+            pairs.append(replace(volume, partner=partner))
+    notes += [f'{cfg.paired}: {note}' for note in there_too]
     if wrong:
         notes.append(f'{len(wrong)} of {len(volumes)} images have no fitting pair and take no part: {first_of(wrong)}')
     if others:
@@ -695,19 +679,34 @@ def paired(cfg, volumes, notes):
     return pairs
 
 
+def misfit(volume, partner):
+    """Why two images are no pair; '' if they are one. What cannot be read in --root is for `usable` to say."""
+    try:
+        (slices, H, W), path = mask.shape(volume.path), partner.path
+    except (ValueError, OSError):
+        return ''
+    try:
+        others, h, w = mask.shape(path)
+    except (ValueError, OSError) as problem:
+        return str(problem)
+    alike = slices == others == 1 and abs(H * w / (W * h) - 1) < 0.02
+    return '' if alike else f'{slices} images of {W}x{H} and {others} of {w}x{h}'
+
+
 def first_of(names, most=50):
+    """The first of many names, and how many more there are"""
     names = list(names)
     return '; '.join(names[:most]) + (f'; and {len(names) - most} more' if len(names) > most else '')
 
 
 def features_of(run):
-    """Encoder and pyramid of a finished run, in eval mode; whether its encoder was pretrained."""
-    cfg, model, best = restored(run)
-    if model.fusion is not None:
+    """Encoder and pyramid of a finished run, in eval mode."""
+    cfg, model, _ = restored(run)
+    if model.fusion:
         raise ValueError(f'{run} is fused itself; give a run of stage I or II')
     features = Features(model.encoder, cfg.channels)
     features.pyramid = model.pyramid
-    return features.eval(), best['pretrained']
+    return features.eval()
 
 
 def packed(features):
@@ -999,7 +998,7 @@ class Volume:
     normal: bool = True                                     # without lesions it may serve as a normal in training
     slices: int = 0                                         # as the label file has it; 0: not told
     shape: tuple | None = None                              # (K, H, W) of the file
-    partner: str = ''                                       # the other image of the exam and view (--paired)
+    partner: 'Volume | None' = None                         # the other image of the exam and view (--paired)
 
     @property
     def patient(self):
@@ -1273,7 +1272,6 @@ DATASETS = dict(bcs=bcs, vindr=vindr, cbis=cbis, mias=mias, csv=listed)
 def load(cfg):
     """-> volumes with splits and checked boxes, notes: what was left out and why, one sentence each."""
     volumes, notes = DATASETS[cfg.dataset](cfg)
-    volumes = paired(cfg, volumes, notes) if cfg.paired else volumes
     for what, seen in (('the name', ['/'.join(v.key) for v in volumes]),
                        ('the file', [os.path.realpath(v.path) for v in volumes]),
                        ('the prepared file', [prepared(cfg, v.path) for v in volumes])):
@@ -1281,6 +1279,7 @@ def load(cfg):
         if twice:
             raise ValueError(f'{what} {twice} belongs to two images or volumes; list each once, and let patient, study '
                              'and view tell them apart')
+    volumes = paired(cfg, volumes, notes) if cfg.paired else volumes
     unknown = set(cfg.findings) - {lesion[-1] for v in volumes for lesion in v.lesions}
     if unknown:
         raise ValueError(f"--findings {', '.join(sorted(unknown))}: no such label; found "
@@ -1292,8 +1291,10 @@ def load(cfg):
                      f'{dropped}')
         volumes = [replace(v, lesions=k, normal=v.normal and len(k) == len(v.lesions)) for v, k in zip(volumes, kept)]
     volumes = usable(cfg, assign(cfg, volumes), notes)
-    for split in ('train', 'val', 'test'):
+    for split in ('train', 'val') if cfg.mimic else ('train', 'val', 'test'):
         if not any(v.lesions or cfg.mimic for v in volumes if v.split == split):
+            if cfg.mimic:
+                raise ValueError('; '.join([f'the {split} split holds no pair', *notes]))
             ill = len({v.patient for v in volumes if v.lesions})
             raise ValueError('; '.join([f'the {split} split holds no lesion; {ill} patients have one in all, of which, '
                                         'without a column split, a fifth are drawn', *notes]))
@@ -1393,6 +1394,12 @@ def upright(image, laterality):
     return image if laterality in ('', brighter_side(image)) else image[::-1, ::-1]
 
 
+def heavier_half(image):
+    """L or R: where most of the breast lies, whatever the border looks like"""
+    columns = image.sum(0, dtype=np.int64)
+    return 'R' if columns[:len(columns) // 2].sum() < columns[len(columns) // 2:].sum() else 'L'
+
+
 def brighter_side(image):
     """L or R: which of the outermost columns the breast lies at"""
     return 'R' if image[:, 0].sum(dtype=np.int64) < image[:, -1].sum(dtype=np.int64) else 'L'
@@ -1440,7 +1447,7 @@ class Frames(Dataset):
         image, shape = self.read(v, frame)
         if self.cfg.images:                                 # perhaps smaller than the file, whose pixels count
             shape = (volume.shape or mask.shape(volume.path))[1:]
-        return dict(volume=v, frame=z, shape=shape, **self.seen(self.pair(v, image)))
+        return dict(volume=v, frame=z, shape=shape, **self.sample(image, self.beside(v, image)))
 
     def augmented(self, v, z, epoch, index):
         """For training; z None is any of the normal frames."""
@@ -1452,13 +1459,79 @@ class Frames(Dataset):
         image, _ = self.read(v, z)
         here = on_frame(volume, [z], (H, W), self.cfg.size)
         near = on_frame(volume, within_reach(volume, z, K), (H, W), self.cfg.size)
-        boxes, images = np.concatenate([here, near]), self.pair(v, image)
-        if self.cfg.augment:                                # of a pair both alike
-            images, (boxes, *_) = zip(*(augment(deepcopy(rng), image, boxes) for image in images))
+        boxes, beside = np.concatenate([here, near]), self.beside(v, image)
+        if self.cfg.augment:
+            beside = {name: moved(deepcopy(rng), other, boxes)[0] for name, other in beside.items()}
+            image, boxes = augment(rng, image, boxes)
         here, near = torch.from_numpy(boxes).float().split([len(here), len(near)])
         own, other = (match(part, self.anchors, self.cfg.high, self.cfg.low) for part in (here, near))
         own[(own == -1) & (other != -1)] = -2               # a lesion marked on another slice is no background here
-        return dict(boxes=here, match=own, **self.seen(images))
+        return dict(boxes=here, match=own, **self.sample(image, beside))
+
+    def beside(self, v, image):
+        """What goes with an image, uint8 (S, S) each: its partner, if it has one, and in stage II where it has tissue.
+        In training they are only moved, as the image is: what C makes of them is the truth. ValueError where the
+        breasts lie at different sides."""
+        found, partner = {}, self.volumes[v].partner
+        if partner:
+            other = upright(mask.read(partner.path), partner.laterality)
+            other = other if partner.path.lower().endswith('.npy') else mask.clahe(np.ascontiguousarray(other))
+            found['partner'] = self.squashed(other)
+            if heavier_half(image) != heavier_half(found['partner']):
+                raise ValueError(f'{partner.path} is the mirror image of its pair {self.volumes[v].path}')
+        if self.cfg.mimic:
+            found['tissue'] = np.uint8(255 * mask.tissue(image, percentile=None))
+        return found
+
+    def sample(self, image, beside):
+        """image (S, S), or with its partner (2, S, S); tissue bool (S, S)"""
+        found = dict(image=np.stack([image, beside['partner']]) if 'partner' in beside else image)
+        return found | (dict(tissue=beside['tissue'] > 127) if 'tissue' in beside else {})
+
+    def squashed(self, image):
+        return np.asarray(Image.fromarray(image).resize((self.cfg.size,) * 2, Image.Resampling.BICUBIC))
+
+    def read(self, v, z):
+        """One frame in the orientation of its boxes, after CLAHE; of prepared .npy that is done (MammoDINO 3.1). Upside
+        down is decided on frame 0, once for a volume."""
+        side, path = self.volumes[v].laterality, prepared(self.cfg, self.volumes[v].path)
+        if side and v not in self.turned:
+            first = mask.read(path, 0)
+            self.turned[v] = upright(first, side) is not first
+        image = mask.read(path, z)
+        image = image[::-1, ::-1] if self.turned.get(v) else image
+        image = image if path.lower().endswith('.npy') else mask.clahe(np.ascontiguousarray(image))
+        return self.squashed(image), image.shape
+
+    def plain(self, v, z):
+        """For prediction; z None is the middle one of the normal frames."""
+        volume, frame = self.volumes[v], z
+        if z is None:
+            away = far_from_lesions(volume, mask.shape(volume.path)[0])
+            frame = away[len(away) // 2]
+        image, shape = self.read(v, frame)
+        if self.cfg.images:                                 # perhaps smaller than the file, whose pixels count
+            shape = (volume.shape or mask.shape(volume.path))[1:]
+        return dict(volume=v, frame=z, shape=shape, **self.sample(image, self.beside(v, image)))
+
+    def augmented(self, v, z, epoch, index):
+        """For training; z None is any of the normal frames."""
+        rng, volume = np.random.default_rng([self.cfg.seed, epoch, index]), self.volumes[v]
+        K, H, W = volume.shape or mask.shape(volume.path)
+        if z is None:
+            away = far_from_lesions(volume, K)
+            z = away[rng.integers(len(away))]
+        image, _ = self.read(v, z)
+        here = on_frame(volume, [z], (H, W), self.cfg.size)
+        near = on_frame(volume, within_reach(volume, z, K), (H, W), self.cfg.size)
+        boxes, beside = np.concatenate([here, near]), self.beside(v, image)
+        if self.cfg.augment:
+            beside = {name: moved(deepcopy(rng), other, boxes)[0] for name, other in beside.items()}
+            image, boxes = augment(rng, image, boxes)
+        here, near = torch.from_numpy(boxes).float().split([len(here), len(near)])
+        own, other = (match(part, self.anchors, self.cfg.high, self.cfg.low) for part in (here, near))
+        own[(own == -1) & (other != -1)] = -2               # a lesion marked on another slice is no background here
+        return dict(boxes=here, match=own, **self.sample(image, beside))
 
     def pair(self, v, image):
         """[image], with its partner, squashed alike, if it has one. ValueError where the breasts lie at different
@@ -1503,24 +1576,10 @@ def on_frame(volume, frames, shape, size):
 
 
 def augment(rng, image, boxes):
-    """Training augmentation of 6.2.3 on a uint8 image (S, S) and its boxes (G, 4); lengths are those of 518 pixels.
-
-    Each flip with p = .5; zoom by 0.8 to 1.5 (p = .5), with all boxes whole and 15 to 206 wide, 9 to 182 high, or not
-    at all; 15 to 20 black rectangles with sides of 20 to 40, off the boxes (p = .3); gamma 0.8 to 1.2 (p = .3); noise
-    of sigma 0.05 (p = .3).
-    """
+    """Training augmentation of 6.2.3 on a uint8 image (S, S) and its boxes (G, 4): `moved`, then with p = .3 each 15 to
+    20 black rectangles with sides of 20 to 40 pixels of 518, off the boxes; gamma 0.8 to 1.2; noise of sigma 0.05."""
+    image, boxes = moved(rng, image, boxes)
     S, unit = len(image), len(image) / 518
-    if rng.random() < 0.5:
-        image, boxes = image[:, ::-1], np.stack([S - boxes[:, 2], boxes[:, 1], S - boxes[:, 0], boxes[:, 3]], axis=1)
-    if rng.random() < 0.5:
-        image, boxes = image[::-1], np.stack([boxes[:, 0], S - boxes[:, 3], boxes[:, 2], S - boxes[:, 1]], axis=1)
-    window = zoom_window(rng, S, boxes, unit) if rng.random() < 0.5 else None
-    if window is not None:
-        x, y, side = window
-        scale = side / S
-        image = np.asarray(Image.fromarray(image).transform((S, S), Image.Transform.AFFINE, (scale, 0, x, 0, scale, y),
-                                                            Image.Resampling.BICUBIC))
-        boxes = (boxes - [x, y, x, y]) / scale
     if rng.random() < 0.3:
         image = image.copy()
         for _ in range(rng.integers(15, 21)):
@@ -1535,6 +1594,24 @@ def augment(rng, image, boxes):
     if rng.random() < 0.3:
         noisy = image + 255 * 0.05 * rng.standard_normal(image.shape, np.float32)
         image = np.uint8(noisy.clip(0, 255).round())
+    return np.ascontiguousarray(image), boxes
+
+
+def moved(rng, image, boxes):
+    """Each flip with p = .5; zoom by 0.8 to 1.5 (p = .5), with all boxes whole and 15 to 206 pixels of 518 wide, 9 to
+    182 high, or not at all. What it draws depends on the boxes, not on the image."""
+    S, unit = len(image), len(image) / 518
+    if rng.random() < 0.5:
+        image, boxes = image[:, ::-1], np.stack([S - boxes[:, 2], boxes[:, 1], S - boxes[:, 0], boxes[:, 3]], axis=1)
+    if rng.random() < 0.5:
+        image, boxes = image[::-1], np.stack([boxes[:, 0], S - boxes[:, 3], boxes[:, 2], S - boxes[:, 1]], axis=1)
+    window = zoom_window(rng, S, boxes, unit) if rng.random() < 0.5 else None
+    if window is not None:
+        x, y, side = window
+        scale = side / S
+        image = np.asarray(Image.fromarray(image).transform((S, S), Image.Transform.AFFINE, (scale, 0, x, 0, scale, y),
+                                                            Image.Resampling.BICUBIC))
+        boxes = (boxes - [x, y, x, y]) / scale
     return np.ascontiguousarray(image), boxes
 
 
@@ -1634,14 +1711,15 @@ def train(cfg, volumes, device, out):
     OUT/log.jsonl a line an epoch."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     parts = {split: [v for v in volumes if v.split == split] for split in ('train', 'val')}
-    detector = build(cfg).to(device)
+    detector = build(cfg, out).to(device)
     groups = vit.param_groups(detector, cfg.lr, cfg.wd, cfg.layer_decay)
     groups = [group | dict(params=[p for p in group['params'] if p.requires_grad]) for group in groups]
     optimizer = torch.optim.AdamW([group for group in groups if group['params']])
     start, data = 0, fingerprint([v for v in volumes if v.split != 'test'])
-    best = dict(score=-1.0, epoch=-1, threshold=0.5, weights=copied(detector), pretrained=pretrained(cfg))
     if cfg.resume and (out / 'last.pt').exists():
         start, best = restore(cfg, out, detector, optimizer, data)
+    else:
+        best = dict(score=-1.0, epoch=-1, threshold=0.5, weights=copied(detector), pretrained=pretrained(cfg))
     if rank == 0:                                           # the lines of epochs that are done stay
         header = json.dumps(dict(config=asdict(cfg), torch=torch.__version__, commit=commit())) + '\n'
         log = out / 'log.jsonl'
@@ -1711,13 +1789,20 @@ def copied(detector):
     return {k: v.detach().cpu().clone() for k, v in detector.learnt().items()}
 
 
-def build(cfg):
+def build(cfg, out=None):
     """The model at its start: --encoder, or random weights of its shape, whose LayerScale is 1 (at DINOv2's 1e-5 every
-    block would be the identity); or whatever --start has of the same name and shape, at least encoder and pyramid."""
-    start = cfg.start or cfg.mimic
-    if start:
-        begun = restored(start)[1]
-        encoder = begun.encoder
+    block would be the identity); or whatever --init_from has of the same name and shape, at least encoder and pyramid.
+    In a run `out` that goes on it is what the checkpoint holds, whatever became of the runs it began from."""
+    begun = cfg.init_from or cfg.mimic
+    if out and cfg.resume and (begun or cfg.fuse) and (out / 'last.pt').exists():
+        return restored(out)[1]
+    if begun:
+        started = restored(begun)[1]
+        if started.fusion and not cfg.fuse:
+            raise ValueError(f'{begun} is fused; go on with it by --fuse')
+        if cfg.channels != started.pyramid.p4.out_channels:
+            raise ValueError(f'{begun} has {started.pyramid.p4.out_channels} channels, --channels is {cfg.channels}')
+        encoder = started.encoder
     elif os.path.isfile(cfg.encoder):
         encoder = vit.load(cfg.encoder)
     elif cfg.encoder == Config.encoder:
@@ -1729,14 +1814,14 @@ def build(cfg):
         raise ValueError(f'{cfg.encoder}: its patches are {encoder.patch} pixels wide; pyramid and anchors are laid '
                          'out for 14')
     torch.manual_seed(cfg.seed)
-    if not start and not pretrained(cfg):
+    if not begun and not pretrained(cfg):
         encoder = vit.ViT(**encoder.config, layerscale=1.0)
-    model = assembled(cfg, encoder.eval(), features_of(cfg.mimic or cfg.fuse)[0] if cfg.mimic or cfg.fuse else None)
-    if start:
-        if cfg.channels != begun.pyramid.p4.out_channels:
-            raise ValueError(f'{start} has {begun.pyramid.p4.out_channels} channels, --channels is {cfg.channels}')
+    other = cfg.mimic or cfg.fuse
+    model = assembled(cfg, encoder.eval(), features_of(other) if other else None)
+    if begun:
         own = model.state_dict()
-        model.load_state_dict(own | {k: v for k, v in begun.learnt().items() if k in own and v.shape == own[k].shape})
+        alike = {k: v for k, v in started.learnt().items() if k in own and v.shape == own[k].shape}
+        model.load_state_dict(own | alike)
     return model
 
 
@@ -1746,7 +1831,8 @@ def assembled(cfg, encoder, other):
         return Mimic(encoder, cfg.channels, cfg.freeze, other, cfg.size)
     model = (SetDetector(encoder, cfg.channels, cfg.freeze, cfg.size, cfg.queries, cfg.layers, cfg.denoising)
              if cfg.head == 'detr' else Detector(encoder, cfg.channels, cfg.dropout, cfg.freeze))
-    return model.fuse(other, cfg.channels) if cfg.fuse else model
+    model.fusion = Fusion(other, cfg.channels) if cfg.fuse else None
+    return model
 
 
 SMALL = dict(size=84, width=128, depth=4, heads=4)          # the demo of pretrain.py
@@ -1765,8 +1851,8 @@ def keep(cfg, out, detector, optimizer, data, epoch, best):
 def restore(cfg, out, detector, optimizer, data):
     """-> the epoch to go on with, and the best so far. A changed recipe is refused, and so is other data."""
     path = out / 'last.pt'
-    free = {'resume', 'root', 'images', 'out', 'encoder', 'workers', 'max_bad', 'draws', 'min_distance', 'overlap',
-            'gap', 'search'}
+    free = {'resume', 'root', 'paired', 'images', 'out', 'encoder', 'workers', 'max_bad', 'draws', 'min_distance',
+            'overlap', 'gap', 'search'}
     try:
         state = vit.read(path)
         changed = [f"{k} {state['config'].get(k)} -> {v}" for k, v in asdict(cfg).items() if state['config'].get(k) != v
@@ -1775,8 +1861,6 @@ def restore(cfg, out, detector, optimizer, data):
         if fits and not changed:
             if cfg.freeze:
                 detector.encoder.load_state_dict({k.removeprefix('backbone.'): v for k, v in state['teacher'].items()})
-            if state['other']:
-                detector.frozen_part().load_state_dict(state['other']['weights'])
             detector.load_learnt(state['detector'])
             with warnings.catch_warnings(action='ignore'):  # what is odd is refused, not remarked upon
                 optimizer.load_state_dict(state['optimizer'])
@@ -1797,7 +1881,8 @@ def restore(cfg, out, detector, optimizer, data):
 
 def fingerprint(volumes):
     """Which images, boxes and splits these are."""
-    told = [(v.key, v.split, v.lesions, v.normal, *([v.partner] if v.partner else [])) for v in volumes]
+    told = [(v.key, v.split, v.lesions, v.normal, *([Path(v.partner.path).name] if v.partner else []))
+            for v in volumes]
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
@@ -1829,19 +1914,24 @@ def gathered(mine):
 
 # ---- prediction -----------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def detected(cfg, detector, volumes, items, device):
-    """(volume, frame) one by one -> volume, frame, boxes (n, 4) in squashed pixels, scores (n,), (H, W) of the file.
-    Frames stream through: a few squashed ones are all that is ever held. Unreadable ones are named and left out."""
-    detector.eval()
+def readable(cfg, volumes, items):
+    """Items of `Frames` in lists of --micro_batch; those that cannot be read are named and left out."""
     for samples in DataLoader(Frames(cfg, volumes), sampler=items, batch_size=cfg.micro_batch, collate_fn=list,
                               num_workers=cfg.workers):
         for reason in samples:
             if isinstance(reason, str):
                 tqdm.write(f'skipped: {reason}', file=sys.stderr)
         samples = [sample for sample in samples if isinstance(sample, dict)]
-        if not samples:
-            continue
+        if samples:
+            yield samples
+
+
+@torch.no_grad()
+def detected(cfg, detector, volumes, items, device):
+    """(volume, frame) one by one -> volume, frame, boxes (n, 4) in squashed pixels, scores (n,), (H, W) of the file.
+    Frames stream through: a few squashed ones are all that is ever held. Unreadable ones are named and left out."""
+    detector.eval()
+    for samples in readable(cfg, volumes, items):
         with autocast(cfg, device):
             answers = detector(pixels(torch.from_numpy(np.stack([s['image'] for s in samples])), device))
         for sample, (boxes, scores) in zip(samples, detector.findings(cfg, answers)):
@@ -2185,7 +2275,7 @@ def run(cfg, device, again=False):
     if held and not again and not (begun and cfg.resume):
         why = 'a run; add --resume to go on with it, or' if begun else 'files that would be lost;'
         raise ValueError(f'{out} holds {why} choose another --out')
-    build(cfg)                                              # says what is wrong with --encoder before hours of reading
+    build(cfg, out)                                         # says what is wrong with --encoder before hours of reading
     volumes, notes = load(cfg)
     test = [v for v in volumes if v.split == 'test']
     if len(set(gathered([fingerprint(volumes)]))) > 1:      # also: every rank has looked before anything is written
@@ -2234,26 +2324,28 @@ def make_folder(out):
 
 
 def pretrained(cfg):
-    """Whether the encoder starts from a file, or from a run that did"""
-    if cfg.start or cfg.mimic:
-        return features_of(cfg.start or cfg.mimic)[1]
+    """Whether the encoder starts from a file, or from a run whose did"""
+    begun = cfg.init_from or cfg.mimic
+    if begun:
+        return bool(restored(begun)[2].get('pretrained'))
     return not cfg.random_encoder and os.path.isfile(cfg.encoder)
 
 
 def label(cfg, learnt):
     """Name of a detector in the tables; `learnt`: its encoder was pretrained."""
     head = 'fused ' * bool(cfg.fuse) + 'DINO-DETR ' * (cfg.head == 'detr')
-    return f"{head}{'trained' if cfg.epochs else 'untrained'} on {'pretrained' if learnt else 'random'}" \
-        + ' encoder' * (not head)                           # the tables have 36 columns
+    trained, encoder = 'trained' if cfg.epochs else 'untrained', 'pretrained' if learnt else 'random'
+    return f'{head}on {encoder}' if head and cfg.epochs else f'{head}{trained} on {encoder} encoder'     # 36 columns
 
 
 def introduce(cfg, volumes, notes):
     """What is about to be learnt from what, and what was left out."""
-    start = cfg.start or cfg.mimic
-    if not start and not os.path.isfile(cfg.encoder):
+    begun = cfg.init_from or cfg.mimic
+    if not begun and not os.path.isfile(cfg.encoder):
         print(f'{cfg.encoder} is absent: random encoder. `torchrun pretrain.py` makes one, --encoder names another.')
-    encoder = start or cfg.encoder if start or pretrained(cfg) else 'random weights'
+    encoder = begun or (cfg.encoder if pretrained(cfg) else 'random weights')
     encoder += ', frozen' if cfg.freeze else ', finetuned'
+    encoder += f'; mimics {cfg.mimic}' if cfg.mimic else f'; beside it {cfg.fuse}' if cfg.fuse else ''
     print(f'\n{cfg.dataset}; encoder {encoder}; {cfg.size}x{cfg.size}, {cfg.channels} channels, {cfg.epochs} epochs')
     for split in ('train', 'val', 'test'):
         part = [v for v in volumes if v.split == split]
@@ -2374,7 +2466,7 @@ def restored(run):
     try:
         cfg = config_of(state['config'])
         check(cfg, 1)
-        detector = assembled(cfg, encoder, unpacked(state['other']))
+        detector = assembled(cfg, encoder, unpacked(state.get('other')))
         if not isinstance(state['best'], dict):
             raise TypeError('something else')
         detector.load_learnt(state['best']['weights'])

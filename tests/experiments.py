@@ -628,38 +628,39 @@ def occlusion(out):
               for name, run in runs.items() if not Path(out, name, 'scores.json').exists()})
 
     arms = {arm: [f'{out}/detect-{slug(arm)}-{seed}' for seed in SEEDS] for arm in (*arms, 'random init')}
-    scored, weights = scores(arms, detector['min_distance'])
+    scored, weights, drawn = scores(arms, detector['min_distance'])
     values = {arm: np.array([[s.with_lesions(w)[-1] for w in weights] for s in seeds]) for arm, seeds in scored.items()}
-    write('occlusion', over_seeds(values, ('never', 'random init'), lesions=len(scored['never'][0].m.home)))
+    write('occlusion', over_seeds(values, drawn, ('never', 'random init'), lesions=len(scored['never'][0].m.home)))
 
 
 def scores(arms, min_distance, draws=500):
-    """{arm: runs of detect.py, one a seed, all on the same test set} -> {arm: their detect.Scored}, and weights of the
-    volumes (1 + draws, V + 1): all once, then draws of patients with replacement."""
+    """{arm: runs of detect.py, one a seed, all on the same test set} -> {arm: their detect.Scored}, weights of the
+    volumes (1 + draws, V + 1), all once, then draws of patients with replacement, and seeds drawn likewise (1 + draws,
+    seeds)."""
     first = next(iter(arms.values()))[0]
     volumes, truth, _ = detect.read_truth(f'{first}/labels.csv', f'{first}/boxes.csv')
     names, patient = np.unique([key[0] for key, _ in volumes], return_inverse=True)
-    times = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
+    rng, seeds = np.random.default_rng(0), len(next(iter(arms.values())))
+    times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
     weights = np.vstack([np.ones(len(volumes)), times[:, patient]])
     weights = np.column_stack([weights, np.ones(len(weights))])     # the last: predictions in volumes not listed
+    drawn = np.vstack([np.arange(seeds), rng.integers(seeds, size=(draws, seeds))])
     return {arm: [detect.Scored(volumes, truth, detect.read_predictions(run), min_distance) for run in runs]
-            for arm, runs in arms.items()}, weights
+            for arm, runs in arms.items()}, weights, drawn
 
 
-def over_seeds(values, references, **more):
-    """values {arm: (seeds, 1 + draws)}, the first column of all test volumes -> rows: each seed, the mean, and its
-    difference from each reference, with intervals. Means draw the seeds, too."""
-    rng, rows = np.random.default_rng(1), []
-    seeds, draws = next(iter(values.values())).shape
-    drawn = np.vstack([np.arange(seeds), rng.integers(seeds, size=(draws - 1, seeds))]).T
+def over_seeds(values, drawn, references, **more):
+    """values {arm: (seeds, 1 + draws)} of all test volumes and of each draw -> rows: each seed, the mean, and its
+    difference from each reference, with intervals; means are over the seeds of `drawn`."""
+    rows = []
     for arm, found in values.items():
-        mean = np.take_along_axis(found, drawn, 0).mean(0)
+        mean = np.take_along_axis(found, drawn.T, 0).mean(0)
         shown = dict(enumerate(found)) | {'mean': mean} | {
-            f'mean - {other}': mean - np.take_along_axis(values[other], drawn, 0).mean(0)
+            f'mean - {other}': mean - np.take_along_axis(values[other], drawn.T, 0).mean(0)
             for other in references if other != arm}
         for seed, v in shown.items():
             low, high = np.nanpercentile(v[1:], [2.5, 97.5])
-            rows.append(more | dict(arm=arm, seed=seed, value=v[0], low=low, high=high))
+            rows.append(dict(arm=arm, seed=seed) | more | dict(value=v[0], low=low, high=high))
     return rows
 
 
@@ -749,12 +750,12 @@ SEEN = ('ffdm', 'sm', 'ffdm', 'both', 'ffdm', 'sm', 'neither', None)        # wh
 def pairs_of_phantoms(folder, trace, parts=(480, 80, 240)):
     """Mammograms ffdm/NNNN.npy and sm/NNNN.npy of the same breasts, with sm.csv and ffdm.csv as detect.py takes them,
     their labels saying where the lesion shows; and shuffled.csv, which pairs each SM with the FFDM of another breast of
-    its split. A lesion that only the FFDM shows keeps the share `trace` of its contrast in the SM. -> the folder"""
+    its split and side. A lesion that only the FFDM shows keeps the share `trace` of its contrast in the SM. ->
+    the folder"""
     if (folder / 'shuffled.csv').exists():
         return folder
     contrasts = dict(ffdm=(1, trace), sm=(0, 1), both=(1, 1), neither=(0, 0))
-    splits, rows = np.repeat(('train', 'val', 'test'), parts), dict(sm=[], ffdm=[], shuffled=[])
-    other = np.concatenate([np.roll(np.flatnonzero(splits == part), 1) for part in ('train', 'val', 'test')])
+    splits, alike, rows = np.repeat(('train', 'val', 'test'), parts), {}, dict(sm=[], ffdm=[], shuffled=[])
     for name in ('sm', 'ffdm'):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for i, split in enumerate(splits):
@@ -762,11 +763,13 @@ def pairs_of_phantoms(folder, trace, parts=(480, 80, 240)):
         p = mask.phantom(np.random.default_rng([99, 15, i]), slices=8, lesion=seen is not None,
                          contrasts=contrasts.get(seen, (0, 0)))
         box = (0, *p.boxes[0][1:], seen) if seen else [''] * 6
-        for name, file in (('sm', i), ('ffdm', i), ('shuffled', other[i])):
-            kind = 'sm' if name == 'sm' else 'ffdm'
-            rows[name].append((f'{kind}/{file:04d}.npy', i, i, 'LCC', split, *box))
-            if name == kind:
-                np.save(folder / kind / f'{i:04d}.npy', mask.clahe(mask.to_uint8(getattr(p, kind))))
+        for name in ('sm', 'ffdm'):
+            np.save(folder / name / f'{i:04d}.npy', mask.clahe(mask.to_uint8(getattr(p, name))))
+            rows[name].append((f'{name}/{i:04d}.npy', i, i, 'LCC', split, *box))
+        alike.setdefault((split, detect.heavier_half(p.sm)), []).append(i)
+    for numbers in alike.values():                          # breasts of one split and side, each with the next one's
+        for i, other in zip(numbers, np.roll(numbers, -1)):
+            rows['shuffled'].append((rows['ffdm'][other][0], *rows['ffdm'][i][1:]))
     for name, lines in rows.items():
         detect.write_csv(folder / f'{name}.csv', ('path', 'patient', 'study', 'view', 'split',
                                                   'frame', 'x0', 'y0', 'x1', 'y1', 'label'), lines)
@@ -778,11 +781,13 @@ PAIRED = dict(size=168, channels=32, batch=16, micro_batch=16, workers=0, min_di
 TRACES = (0.3, 0.0)
 FUSED = {                                                   # what stands beside A's levels in stage III
     'A alone': None,
-    'A beside A: equal parameters': 'A',
+    'A beside itself': 'A',
+    'A beside another A': 'other',                          # trained alike from another seed: two detectors of SM
+    'A beside C, which sees SM': 'unmimicked',              # no stage II: what B starts from
     'fused, B learnt from C': 'B',
     'fused, B learnt from shuffled pairs': 'shuffled',
     'fused, B random': 'random',
-    'bound: A and C, both images': 'C'}
+    'A beside C, which sees FFDM': 'C'}                     # both images, the bound
 
 
 def fused(out):
@@ -794,19 +799,20 @@ def fused(out):
     for trace in TRACES:
         place = Path(out) / f'pairs-{trace}'
         root = pairs_of_phantoms(place, trace)
-        arms = {arm: beside for arm, beside in FUSED.items() if trace or beside in (None, 'A', 'B')}
+        arms = {arm: beside for arm, beside in FUSED.items() if trace or beside in (None, 'A', 'unmimicked', 'B')}
         for stage in zip(*(stages(out, place, root, seed, arms.values()) for seed in SEEDS)):
             in_lanes({name: [sys.executable, str(ROOT / 'detect.py'), *flags(values | dict(out=name, resume=True))]
                       for runs in stage for name, values in runs.items() if not Path(name, 'scores.json').exists()})
         runs = {arm: [f'{place}/fused-{beside}-{seed}' if beside else f'{place}/A-{seed}' for seed in SEEDS]
                 for arm, beside in arms.items()}
         runs['C alone, FFDM'] = [f'{out}/pairs-{TRACES[0]}/C-{seed}' for seed in SEEDS]
-        scored, weights = scores(runs, PAIRED['min_distance'])
+        scored, weights, drawn = scores(runs, PAIRED['min_distance'])
         classes = detect.read_truth(f'{place}/A-0/labels.csv', f'{place}/A-0/boxes.csv')[2]
         areas = {arm: np.array([[areas_by_class(s.flat, w, classes) for w in weights] for s in seeds])
                  for arm, seeds in scored.items()}          # (seeds, 1 + draws, 1 + classes)
+        controls = [arm for arm in list(FUSED)[1:4] if arm in arms]
         for i, kind in enumerate(('all', *sorted(set(classes)))):
-            rows += over_seeds({arm: found[..., i] for arm, found in areas.items()}, list(FUSED)[:2], trace=trace,
+            rows += over_seeds({arm: found[..., i] for arm, found in areas.items()}, drawn, controls, trace=trace,
                                lesions=kind)
     write('fused', rows)
 
@@ -814,17 +820,17 @@ def fused(out):
 def stages(out, place, root, seed, beside):
     """The runs {folder: flags} of stages I, II and III of a seed. `beside`: what stage III puts beside A. C is the same
     for every trace, since the FFDM has none to lose."""
-    at = {name: f'{place}/{name}-{seed}' for name in ('A', 'B', 'shuffled', 'random')} | dict(
-        C=f'{out}/pairs-{TRACES[0]}/C-{seed}')
+    at = {name: f'{place}/{name}-{seed}' for name in ('A', 'B', 'shuffled', 'random')}
+    at['C'] = at['unmimicked'] = f'{out}/pairs-{TRACES[0]}/C-{seed}'
+    at['other'] = f'{place}/A-{(seed + 1) % len(SEEDS)}'
     base = PAIRED | dict(encoder=f'{out}/mammodino-0/last.pt', root=f'{root}/sm.csv', seed=seed)
     second = dict(B=base | dict(epochs=5, mimic=at['C'], paired=f'{root}/ffdm.csv'),
                   shuffled=base | dict(epochs=5, mimic=at['C'], paired=f'{root}/shuffled.csv'),
                   random=base | dict(epochs=0, random_encoder=True))
-    both = dict(C=dict(paired=f'{root}/ffdm.csv'))          # the bound sees the FFDM, too
+    third, both = base | dict(epochs=4, init_from=at['A']), dict(C=dict(paired=f'{root}/ffdm.csv'))
     return ({at['A']: base | dict(epochs=8), at['C']: base | dict(epochs=8, root=f'{root}/ffdm.csv')},
             {at[name]: values for name, values in second.items() if name in beside},
-            {f'{place}/fused-{name}-{seed}': base | dict(epochs=6, start=at['A'], fuse=at[name]) | both.get(name, {})
-             for name in beside if name})
+            {f'{place}/fused-{name}-{seed}': third | dict(fuse=at[name]) | both.get(name, {}) for name in beside if name})
 
 
 def areas_by_class(m, weight, classes):
@@ -853,7 +859,7 @@ def detectors(out, sources, encoder):
     base = PAIRED | dict(encoder=f'{out}/mammodino-0/last.pt', root=f'{root}/sm.csv', epochs=8)
     todo = {f'{place}/detr-{seed}': base | DETR | dict(seed=seed) for seed in SEEDS}
     runs = {'SM of phantoms': ({'RetinaNet': [f'{place}/A-{seed}' for seed in SEEDS],
-                                'RetinaNet, 6 epochs more': [f'{place}/fused-A-{seed}' for seed in SEEDS],
+                                'RetinaNet, 4 epochs more': [f'{place}/fused-A-{seed}' for seed in SEEDS],
                                 'DINO-DETR': [f'{place}/detr-{seed}' for seed in SEEDS],
                                 'fused': [f'{place}/fused-B-{seed}' for seed in SEEDS]}, PAIRED['min_distance'])}
     for name, (dataset, root, reach, epochs) in sources.items():
@@ -865,11 +871,11 @@ def detectors(out, sources, encoder):
     metrics = {'mean sensitivity at 1-4 FP': lambda s, w: s.with_lesions(w)[-1], 'FAUC-1': lambda s, w: s.fauc(w)[0],
                'AP': lambda s, w: s.overlap(w)[0].mean()}
     for name, (detectors, reach) in runs.items():
-        scored, weights = scores(detectors, reach)
+        scored, weights, drawn = scores(detectors, reach)
         for metric, of in metrics.items():
             values = {detector: np.array([[of(s, w) for w in weights] for s in seeds])
                       for detector, seeds in scored.items()}
-            rows += over_seeds(values, ('RetinaNet',), data=name, metric=metric)
+            rows += over_seeds(values, drawn, ('RetinaNet',), data=name, metric=metric)
         rows += [dict(data=name, metric='ms per image', arm=detector, seed=0, value=milliseconds(folders[0]))
                  for detector, folders in detectors.items()]
     write('detectors', rows)
@@ -900,7 +906,8 @@ def tables():
                                 ('adjacent', table_of_distances()), ('tissue', table_of_masks()),
                                 ('relaxed', table_of_relaxations()), ('thresholds', table_of_arms('thresholds')),
                                 ('hidden', table_of_hidden_lesions()), ('occlusion', table_of_occlusion()),
-                                ('attention', table_of_attention()))}
+                                ('attention', table_of_attention()), ('fused', table_of_fused()),
+                                ('detectors', table_of_detectors()))}
 
 
 def number(v, signed=False):
@@ -1024,6 +1031,40 @@ def table_of_attention():
         here = [row for row in rows if row['arm'] == arm]
         lines.append([arm, *(number(here[0][k]) if len(here) == 1 else spread(row[k] for row in here)
                              for k in columns)])
+    return lines
+
+
+def table_of_fused():
+    """Of each arm FAUC-1 of all lesions with its range, the difference from the arm of equal parameters with its
+    interval, and where the lesions show."""
+    rows, control = read('fused'), list(FUSED)[1]
+    kinds = ('ffdm', 'sm', 'both', 'neither')
+    lines = heads('we measured, FAUC-1', 'all', 'against equal parameters', *(
+        f'{kind}' for kind in ('in FFDM alone', 'its difference', 'in SM alone', 'in both', 'in neither')))
+    for trace in TRACES:
+        here = {(row['arm'], row['lesions'], row['seed']): row for row in rows if float(row['trace']) == trace}
+        for arm in dict.fromkeys(arm for arm, *_ in here):
+            seeds = {kind: spread(row['value'] for (a, k, seed), row in here.items()
+                                  if (a, k) == (arm, kind) and seed.isdigit()) for kind in ('all', *kinds)}
+            gain = {kind: here.get((arm, kind, f'mean - {control}')) for kind in ('all', 'ffdm')}
+            told = {kind: f"{number(row['value'], True)} {between(row['low'], row['high'], True)}" if row else ''
+                    for kind, row in gain.items()}
+            lines.append([f'trace {trace:g}: {arm}', seeds['all'], told['all'], seeds['ffdm'], told['ffdm'],
+                          *(seeds[kind] for kind in kinds[1:])])
+    return lines
+
+
+def table_of_detectors():
+    """Means over seeds with intervals, the difference of mean sensitivity, time."""
+    rows, metrics = read('detectors'), ('mean sensitivity at 1-4 FP', 'AP', 'FAUC-1')
+    lines = heads('we measured', metrics[0], 'against RetinaNet', *metrics[1:], 'ms per image')
+    for data, arm in dict.fromkeys((row['data'], row['arm']) for row in rows):
+        here = {(row['metric'], row['seed']): row for row in rows if (row['data'], row['arm']) == (data, arm)}
+        mean = [f"{number(row['value'])} {between(row['low'], row['high'])}"
+                for row in (here[metric, 'mean'] for metric in metrics)]
+        gain = here.get((metrics[0], 'mean - RetinaNet'))
+        told = f"{number(gain['value'], True)} {between(gain['low'], gain['high'], True)}" if gain else ''
+        lines.append([f'{data}: {arm}', mean[0], told, *mean[1:], f"{float(here['ms per image', '0']['value']):.0f}"])
     return lines
 
 
@@ -1169,7 +1210,7 @@ if __name__ == '__main__':
         hidden(args.out, {name: where for name, where in (
             ('mini-MIAS', ('mias', args.mias)), ('CBIS-DDSM masses', ('csv', args.boxes))) if where[1]})
     elif args.what == 'detectors':
-        real = {'CBIS-DDSM masses': ('csv', args.boxes, 20.0, 6), 'mini-MIAS': ('mias', args.mias, 25.0, 12)}
+        real = {'CBIS-DDSM masses': ('csv', args.boxes, 20.0, 4), 'mini-MIAS': ('mias', args.mias, 25.0, 12)}
         detectors(args.out, {name: where for name, where in real.items() if where[1]}, args.encoder)
     elif args.what == 'tissue':
         tissue(args.out, args.sources)

@@ -1208,7 +1208,7 @@ def test_dino_detr_is_told_the_lesions_in_shares_of_the_image_and_answers_in_pix
 def test_dino_detr_looks_where_the_anchors_sit():
     detector = detect.assembled(Config(size=518, channels=32, head='detr', layers=(0, 1)), vit.ViT(**TINY), None)
     levels = [torch.zeros(1, 1, cells, cells) for cells in detect.grids(518)]
-    found = 518 * detect.detr.Grid.of(levels, detector.head.centres).centres()
+    found = 518 * detect.detr.Grid.of(levels, detector.head.centres).centres
     a = detect.anchors(518)
     torch.testing.assert_close(found, ((a[:, :2] + a[:, 2:]) / 2)[4::9], rtol=0, atol=1e-2)
 
@@ -1244,33 +1244,44 @@ def paired_config(exams, **changes):
 def test_pairs_are_matched_by_exam_side_and_view_and_every_other_image_is_named(exams, tmp_path):
     volumes, notes = detect.load(paired_config(exams))
     assert len(volumes) == 24 and not notes
-    assert all(v.partner.endswith(f'ffdm/{v.patient[1:]}.npy') for v in volumes)
+    assert all(v.partner.path.endswith(f'ffdm/{v.patient[1:]}.npy') for v in volumes)
     text = (exams / 'ffdm.csv').read_text().replace(',e3,LCC', ',e3,RCC').replace('ffdm/', f'{exams}/ffdm/')
     lines = text.splitlines()
     lines[5] = lines[5].replace('ffdm/4.npy', 'sm/4.npy').replace('sm/4', 'wide')
     np.save(exams / 'wide.npy', np.full((80, 80), 7, np.uint8))
     (tmp_path / 'other.csv').write_text('\n'.join(lines[:-1]))
     volumes, notes = detect.load(paired_config(exams, paired=str(tmp_path / 'other.csv')))
-    assert len(volumes) == 21 and 'p3/e3/LCC is not in' in notes[0] and 'p23/e23/LCC is not in' in notes[0]
+    assert len(volumes) == 21 and 'p3/e3/LCC: not in' in notes[0] and 'p23/e23/LCC: not in' in notes[0]
     assert 'p4/e4/LCC: 1 images of 60x80 and 1 of 80x80' in notes[0] and 'have no pair: p3/e3/RCC' in notes[1]
+    np.save(exams / 'gone.npy', np.zeros((80, 60), np.uint8))
+    (tmp_path / 'twice.csv').write_text('\n'.join([*lines, lines[1].replace('ffdm/0', 'gone')]))
+    with pytest.raises(ValueError, match='p0/e0/LCC is listed twice'):
+        detect.load(paired_config(exams, paired=str(tmp_path / 'twice.csv')))
     (tmp_path / 'none.csv').write_text('path,x0,y0,x1,y1\na.npy,,,,')
     with pytest.raises(ValueError, match='has a pair in .* patient, study and view must agree'):
         detect.load(paired_config(exams, paired=str(tmp_path / 'none.csv')))
 
 
-def test_both_images_of_a_pair_get_the_same_flips_windows_and_rectangles(exams):
+def test_both_images_of_a_pair_get_the_same_flips_and_windows_and_only_the_first_is_spoilt(exams):
     volumes, _ = detect.load(paired_config(exams))
-    twins = [detect.replace(v, partner=v.path) for v in volumes]
-    frames, moved = detect.Frames(paired_config(exams), twins), 0
-    for i in range(30):
+    twins = [replace(v, partner=v) for v in volumes]
+    frames, flat = (detect.Frames(paired_config(exams, augment=augment), twins) for augment in (True, False))
+    plain, equal, moved = flat[3, 0, 0, 0], 0, 0
+    assert np.array_equal(*plain['image']) and plain['tissue'].dtype == bool
+    for i in range(40):
         sample = frames[3, 0, 0, i]
-        assert sample['image'].shape == (2, 84, 84) and np.array_equal(*sample['image'])
-        moved += not np.array_equal(sample['image'][0], frames[3, 0]['image'][0])
-        assert sample['tissue'].mean() > 0.1
-    assert moved > 15
-    np.save(exams / 'mirrored.npy', np.load(volumes[0].partner)[:, ::-1])
-    mirrored = detect.replace(volumes[0], partner=str(exams / 'mirrored.npy'))
-    assert 'is the mirror image of its pair' in detect.Frames(paired_config(exams), [mirrored])[0, 0]
+        first, second = sample['image']
+        assert sample['image'].shape == (2, 84, 84) and sorted(sample) == ['boxes', 'image', 'match', 'tissue']
+        equal, moved = equal + np.array_equal(first, second), moved + (not np.array_equal(second, plain['image'][1]))
+        assert abs(first.astype(float) - second).mean() < 30                            # at one place
+        assert (second[sample['tissue']] > 40).mean() > 0.9 and sample['tissue'].sum() > 0.3 * (second > 40).sum()
+    assert 8 < equal < 30 and moved > 20
+    left = np.load(volumes[0].partner.path)
+    for name, image, accepted in (('framed', np.pad(left, 2), True), ('mirrored', left[:, ::-1], False)):
+        np.save(exams / f'{name}.npy', image)
+        other = replace(volumes[0], path=str(exams / f'{name}.npy'))
+        found = detect.Frames(paired_config(exams), [replace(volumes[0], partner=other)])[0, 0]
+        assert isinstance(found, dict) if accepted else 'is the mirror image of its pair' in found
 
 
 def mimic(channels=32, width=64):
@@ -1303,6 +1314,13 @@ def test_stage_two_is_minus_the_cosine_inside_tissue_and_moves_b_alone():
     assert all(torch.equal(before[k], v) for k, v in net.other.state_dict().items())
 
 
+def test_levels_that_learn_nothing_and_levels_without_tissue_are_told_from_collapse(capsys):
+    detect.explain(dict(cosine=[0.3, 0.9, 0.0, 0.95], constant=[0.5, 0.8, 0.0, 0.9], spread=[1.2, 0.9, 1.0, 0.05]))
+    told = capsys.readouterr().out
+    assert 'P3: B is no better than the mean of C' in told and 'P6 has collapsed' in told
+    assert 'P4 has' not in told and 'P5 has' not in told and 'P5:' not in told
+
+
 def test_a_collapsed_b_is_detected(exams, group, capsys):
     """A guess that is the same everywhere has no spread; a B that is C has all of it."""
     volumes = [v for v in detect.load(paired_config(exams))[0] if v.split == 'val']
@@ -1320,7 +1338,7 @@ def test_a_collapsed_b_is_detected(exams, group, capsys):
     for project in twin.project:                            # the identity
         torch.nn.init.dirac_(project.weight)
         torch.nn.init.zeros_(project.bias)
-    same = [detect.replace(v, partner=v.path) for v in volumes]
+    same = [replace(v, partner=v) for v in volumes]
     score, found = detect.likeness(cfg, twin, same, torch.device('cpu'))
     assert score == pytest.approx(1, abs=1e-4) and found['spread'] == pytest.approx([1] * 4, abs=1e-3)
     detect.explain(found)
@@ -1331,7 +1349,8 @@ def test_fused_levels_are_both_models_levels_mixed_and_b_stays_frozen():
     torch.manual_seed(0)
     b, detector = (make(vit.ViT(**TINY, layerscale=1.0), 32, freeze=False)
                    for make in (detect.Features, detect.Detector))
-    detector.fuse(b, 32).train()
+    detector.fusion = detect.Fusion(b, 32)
+    detector.train()
     assert not detector.fusion.other.training and detector.encoder.training
     images = torch.rand(1, 1, 84, 84)
     own, other = detector.pyramid(detector.encoder(images)[1]), b.levels(images)
@@ -1360,25 +1379,36 @@ def test_the_three_stages_end_in_a_detector_that_needs_sm_alone(exams, encoder, 
     pairs = ('--root', exams / 'sm.csv', '--paired', exams / 'ffdm.csv')
     cli(*pairs, '--mimic', run['C'], '--out', run['B'], *fast, '--seed', 1)
     assert "C's mean alone" in capsys.readouterr().out and len(scores(run['B'])['spread']) == 4
-    cli('--root', exams / 'sm.csv', '--start', run['A'], '--fuse', run['B'], '--out', run['fused'], *fast)
-    assert 'fused trained on pretrained' in capsys.readouterr().out
+    third = ('--root', exams / 'sm.csv', '--init_from', run['A'], '--fuse', run['B'], *fast[:-1], 2)
+    cli(*third, '--out', run['fused'])
+    assert 'fused on pretrained' in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(detect, 'validated', interrupted_after(1))
+        cli(*third, '--out', tmp_path / 'cut')
     b, fused = (torch.load(run[name] / 'last.pt', weights_only=True) for name in ('B', 'fused'))
     assert torch.equal(b['best']['weights']['pyramid.p3.weight'], fused['other']['weights']['pyramid.p3.weight'])
-    start, a = detect.build(Config(start=str(run['A']), fuse=str(run['B']), channels=32)), detect.restored(run['A'])[1]
-    assert all(torch.equal(v, start.state_dict()[k]) for k, v in a.state_dict().items())
+    begun = detect.build(Config(init_from=str(run['A']), fuse=str(run['B']), channels=32)).state_dict()
+    assert all(torch.equal(v, begun[k]) for k, v in detect.restored(run['A'])[1].state_dict().items())
     cli('score', run['A'], run['fused'], '--draws', 10, '--out', tmp_path / 'score')
     run['B'].rename(tmp_path / 'gone')                      # the checkpoint is whole without it
     cli('predict', exams / 'sm/20.npy', '--checkpoint', run['fused'], '--out', tmp_path / 'found')
-    cli(*pairs, '--start', run['A'], '--fuse', run['C'], '--out', run['bound'], *fast)
+    cli(*third, '--out', tmp_path / 'cut', '--resume')
+    one, two = weights(run['fused']), weights(tmp_path / 'cut')
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    cli(*pairs, '--init_from', run['A'], '--fuse', run['C'], '--out', run['bound'], *fast)
     for name, why in ((tmp_path / 'gone', 'finds nothing, it mimics'), (run['bound'], 'needs both images')):
         with pytest.raises(ValueError, match=why):
             cli('predict', exams / 'sm/20.npy', '--checkpoint', name)
     with pytest.raises(ValueError, match='is fused itself'):
         detect.features_of(run['fused'])
-    with pytest.raises(ValueError, match='has 32 channels, --channels is 64'):
-        detect.build(Config(start=str(run['A']), channels=64))
+    for given, why in ((dict(init_from=str(run['A']), channels=64), 'has 32 channels, --channels is 64'),
+                       (dict(init_from=str(run['fused'])), 'is fused; go on with it by --fuse')):
+        with pytest.raises(ValueError, match=why):
+            detect.build(Config(**dict(channels=32) | given))
     for wrong, why in ((dict(mimic='C'), 'needs --paired'), (dict(paired='x'), 'goes with --mimic'),
-                       (dict(head='yolo'), 'expected retinanet or detr'), (dict(head='detr', search=2), '--search')):
+                       (dict(head='yolo'), 'expected retinanet or detr'), (dict(head='detr', search=2), '--search'),
+                       (dict(fuse=''), 'is empty'), (dict(init_from='A', random_encoder=True), 'bring an encoder'),
+                       (dict(layers=(0, 3)), 'expected 1 or more of both')):
         with pytest.raises(ValueError, match=why):
             detect.check(Config(root='x', **wrong), 1)
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from torch.distributed.run import get_args_parser
 
 LEAVES = ('mask', 'sampler', 'vit', 'losses', 'detr')
 MAY_IMPORT = {**{leaf: set() for leaf in LEAVES}, 'pretrain': set(LEAVES) - {'detr'}, 'finetune': {'mask', 'vit'},
@@ -65,6 +66,14 @@ def test_help_shows_the_docstring_and_every_flag_with_its_source_in_groups(scrip
         assert re.search(rf'^  --{name}\b[^[]*\[[^]]+\]', shown, re.M | re.S), name
     for group in re.findall(r"group='([^']+)'\)$", source(script), re.M):
         assert f'\n{group}:\n' in shown
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_no_flag_is_taken_for_an_abbreviated_one_of_torchrun(script):
+    """torchrun refuses what could be several of its options, even behind the name of the script."""
+    theirs = get_args_parser()._option_string_actions
+    for name in re.findall(r'^    (\w+): .*option\(', source(script), re.M):
+        assert not any(option.startswith(f'--{name}') for option in theirs), name
 
 
 def test_the_readme_names_only_what_exists():
