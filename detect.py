@@ -103,7 +103,6 @@ class Config:
 
     queries: int = option(300, 'dino', 'boxes that the decoder refines; 900 there', group='DINO-DETR')
     layers: tuple[int, int] = option((2, 6), 'dino', 'of encoder and decoder; 6 6 there, but a ViT has looked around')
-
     denoising: int = option(100, 'dino', 'noisy copies of the lesions, divided by the most in an image, and as many to '
                             'reject')
 
@@ -617,35 +616,30 @@ def likeness(cfg, model, volumes, device):
     vectors alone would reach; `spread`, the deviation of the guesses over all locations against that of C. A collapsed
     B says the same everywhere: spread 0, cosine not above constant."""
     model.eval()
-    sums = [torch.zeros(2, device=device) for _ in LEVELS]                              # cosine, locations
-    means = [torch.zeros(2, project.out_channels, device=device) for project in model.project]
+    sums = torch.zeros(len(LEVELS), 2, device=device)                                   # cosine, locations
+    means = torch.zeros(len(LEVELS), 2, model.project[0].out_channels, device=device)   # of guess and aim
     mine = [(v, 0) for v in range(len(volumes))][dist.get_rank()::dist.get_world_size()]
     for samples in readable(cfg, volumes, mine):
         images, tissue = (torch.from_numpy(np.stack([s[name] for s in samples])) for name in ('image', 'tissue'))
         with autocast(cfg, device):
             answers = model(pixels(images, device))
-        for i, ((guess, aim), here) in enumerate(zip(answers, model.inside(tissue.to(device)))):
-            guess, aim = (x.permute(0, 2, 3, 1)[here] for x in (guess, aim))            # (locations, C)
+        for i, (both, here) in enumerate(zip(answers, model.inside(tissue.to(device)))):
+            guess, aim = (x.permute(0, 2, 3, 1)[here] for x in both)                    # (locations, C)
             sums[i] += torch.stack([(guess * aim).sum(), here.sum()])
             means[i] += torch.stack([guess.sum(0), aim.sum(0)])
-    found = dict(cosine=[], constant=[], spread=[])
-    for total, mean in zip(sums, means):
-        dist.all_reduce(total)
-        dist.all_reduce(mean)
-        locations = max(total[1].item(), 1)
-        guess, aim = (mean / locations).norm(dim=1).tolist()
-        found['cosine'].append(total[0].item() / locations)
-        found['constant'].append(aim)
-        found['spread'].append(math.sqrt((1 - guess ** 2) / max(1 - aim ** 2, 1e-9)))
-    return float(np.mean(found['cosine'])), found
+    dist.all_reduce(sums)
+    dist.all_reduce(means)
+    locations = sums[:, 1].clamp_min(1)
+    cosine, (guess, aim) = sums[:, 0] / locations, (means / locations[:, None, None]).norm(dim=2).T
+    spread = ((1 - guess ** 2) / (1 - aim ** 2).clamp_min(1e-9)).sqrt()                 # lengths are 1
+    return cosine.mean().item(), dict(cosine=cosine.tolist(), constant=aim.tolist(), spread=spread.tolist())
 
 
 def explain(best):
     """What B has learnt, by level, and a warning where it has collapsed."""
-    print(f"\n{'':38s}{''.join(f'{name:>10s}' for name in LEVELS)}")
     for name, title in dict(cosine='cosine with C inside tissue', constant="C's mean alone", spread='spread, of C 1'
                             ).items():
-        print(f'  {title:36s}' + ''.join(f'{value:10.3f}' for value in best[name]))
+        print(f'  {title:36s}' + ''.join(f'  {level} {v:.3f}' for level, v in zip(LEVELS, best[name])))
     for name, spread, cosine, constant in zip(LEVELS, best['spread'], best['cosine'], best['constant']):
         if constant and spread < 0.1:                       # constant 0: no cell of this level lies in tissue
             print(f'  {name} has collapsed: B says nearly the same everywhere')
@@ -1487,69 +1481,6 @@ class Frames(Dataset):
         """image (S, S), or with its partner (2, S, S); tissue bool (S, S)"""
         found = dict(image=np.stack([image, beside['partner']]) if 'partner' in beside else image)
         return found | (dict(tissue=beside['tissue'] > 127) if 'tissue' in beside else {})
-
-    def squashed(self, image):
-        return np.asarray(Image.fromarray(image).resize((self.cfg.size,) * 2, Image.Resampling.BICUBIC))
-
-    def read(self, v, z):
-        """One frame in the orientation of its boxes, after CLAHE; of prepared .npy that is done (MammoDINO 3.1). Upside
-        down is decided on frame 0, once for a volume."""
-        side, path = self.volumes[v].laterality, prepared(self.cfg, self.volumes[v].path)
-        if side and v not in self.turned:
-            first = mask.read(path, 0)
-            self.turned[v] = upright(first, side) is not first
-        image = mask.read(path, z)
-        image = image[::-1, ::-1] if self.turned.get(v) else image
-        image = image if path.lower().endswith('.npy') else mask.clahe(np.ascontiguousarray(image))
-        return self.squashed(image), image.shape
-
-    def plain(self, v, z):
-        """For prediction; z None is the middle one of the normal frames."""
-        volume, frame = self.volumes[v], z
-        if z is None:
-            away = far_from_lesions(volume, mask.shape(volume.path)[0])
-            frame = away[len(away) // 2]
-        image, shape = self.read(v, frame)
-        if self.cfg.images:                                 # perhaps smaller than the file, whose pixels count
-            shape = (volume.shape or mask.shape(volume.path))[1:]
-        return dict(volume=v, frame=z, shape=shape, **self.sample(image, self.beside(v, image)))
-
-    def augmented(self, v, z, epoch, index):
-        """For training; z None is any of the normal frames."""
-        rng, volume = np.random.default_rng([self.cfg.seed, epoch, index]), self.volumes[v]
-        K, H, W = volume.shape or mask.shape(volume.path)
-        if z is None:
-            away = far_from_lesions(volume, K)
-            z = away[rng.integers(len(away))]
-        image, _ = self.read(v, z)
-        here = on_frame(volume, [z], (H, W), self.cfg.size)
-        near = on_frame(volume, within_reach(volume, z, K), (H, W), self.cfg.size)
-        boxes, beside = np.concatenate([here, near]), self.beside(v, image)
-        if self.cfg.augment:
-            beside = {name: moved(deepcopy(rng), other, boxes)[0] for name, other in beside.items()}
-            image, boxes = augment(rng, image, boxes)
-        here, near = torch.from_numpy(boxes).float().split([len(here), len(near)])
-        own, other = (match(part, self.anchors, self.cfg.high, self.cfg.low) for part in (here, near))
-        own[(own == -1) & (other != -1)] = -2               # a lesion marked on another slice is no background here
-        return dict(boxes=here, match=own, **self.sample(image, beside))
-
-    def pair(self, v, image):
-        """[image], with its partner, squashed alike, if it has one. ValueError where the breasts lie at different
-        sides."""
-        path = self.volumes[v].partner
-        if not path:
-            return [image]
-        other = mask.read(path)
-        if brighter_side(image) != brighter_side(other):
-            raise ValueError(f'{path} is the mirror image of its pair {self.volumes[v].path}')
-        return [image, self.squashed(other if path.lower().endswith('.npy') else mask.clahe(other))]
-
-    def seen(self, images):
-        """What the model is given of one image (S, S), or of two (2, S, S); in stage II also where the first has
-        tissue."""
-        image = np.stack(images) if len(images) > 1 else images[0]
-        tissue = dict(tissue=mask.tissue(images[0], percentile=None)) if self.cfg.mimic else {}
-        return dict(image=image, **tissue)
 
 
 def marked(volume):

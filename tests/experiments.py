@@ -830,7 +830,8 @@ def stages(out, place, root, seed, beside):
     third, both = base | dict(epochs=4, init_from=at['A']), dict(C=dict(paired=f'{root}/ffdm.csv'))
     return ({at['A']: base | dict(epochs=8), at['C']: base | dict(epochs=8, root=f'{root}/ffdm.csv')},
             {at[name]: values for name, values in second.items() if name in beside},
-            {f'{place}/fused-{name}-{seed}': third | dict(fuse=at[name]) | both.get(name, {}) for name in beside if name})
+            {f'{place}/fused-{name}-{seed}': third | dict(fuse=at[name]) | both.get(name, {})
+             for name in beside if name})
 
 
 def areas_by_class(m, weight, classes):
@@ -1069,7 +1070,7 @@ def table_of_detectors():
 
 
 def pictures(demo, out):
-    """.github/figures: curves.png of the demo's log, pair.png, ablation.png, looks.png."""
+    """.github/figures: curves.png of the demo's log, pair.png, projections.png, ablation.png, looks.png."""
     figures = ROOT / '.github' / 'figures'
     log = [json.loads(line) for line in (Path(demo) / 'log.jsonl').read_text().splitlines()[1:]]
     names = dict(image='DINO-M', patch='iBOT-M', slice='DINO-adj', koleo='KoLeo', teacher_entropy='teacher entropy',
@@ -1077,6 +1078,7 @@ def pictures(demo, out):
     side_by_side([curve(title, [(line['step'], line[name]) for line in log]) for name, title in names.items()], 3).save(
         figures / 'curves.png')
     pair_picture().save(figures / 'pair.png')
+    projections_picture().save(figures / 'projections.png')
     looks_picture(out).save(figures / 'looks.png')
     rows = [row for row in read('ablation') if row['data'] == 'phantoms']
     panels = {key: [row for row in rows if (row['task'], row['readout']) == key] for key in
@@ -1157,6 +1159,17 @@ def pair_picture(d=4, side=300):
         ImageDraw.Draw(sheet).text((x, side + 14), name, 'black', finetune.font(18))
         x += image.shape[1] + 8
     return sheet
+
+
+def projections_picture(trace=0.3, side=256):
+    """FFDM and SM of four paired phantoms, whose lesions show in FFDM alone, in SM alone, in both and in neither."""
+    contrasts, columns = dict(FFDM=(1, trace), SM=(0, 1), both=(1, 1), neither=(0, 0)), []
+    for i, pair in enumerate(contrasts.values()):
+        p = mask.phantom(np.random.default_rng([3, 16, i]), slices=8, lesion=True, contrasts=pair)
+        shown = [detect.boxed(mask.clahe(mask.to_uint8(image)), truth=p.boxes[:, 1:], side=side)
+                 for image in (p.ffdm, p.sm)]
+        columns.append(np.pad(np.vstack(shown), ((0, 0), (0, 6), (0, 0)), constant_values=255))
+    return pretrain.captioned(np.hstack(columns), [f'seen in {name}' for name in contrasts])
 
 
 def looks_picture(out, side=168, shown=3):
