@@ -7,7 +7,7 @@
     $ python detect.py score RUN_A RUN_B                                          # FROC with intervals, McNemar, AP
     $ python detect.py score submission.csv --labels LABELS.csv --boxes BOXES.csv     # in the challenge's own format
 
-Fused representations of synthetic (SM) and full-field mammograms (FFDM), of which the end needs SM alone:
+Fused representations of synthetic (SM) and full-field mammograms (FFDM), which find in SM alone (arXiv 2408.08560):
 
     $ python detect.py --no-freeze --root SM.csv --out A                              # stage I, C likewise on FFDM.csv
     $ python detect.py --no-freeze --root SM.csv --paired FFDM.csv --mimic C --out B                # II: C from SM
@@ -67,7 +67,7 @@ def option(default, source, text, group=None):
 @dataclass
 class Config:
     """Every field is a flag. Source: [6.2.3] and the like are sections of DBT-DINO (arXiv 2512.13608), [retinanet] is
-    Lin 2017, [dino] the DINO detector (Zhang 2022), [fused] the paper on FFDM and SM, [dbtex] the challenge, [ours]."""
+    Lin 2017, [dino] the DINO detector, Zhang 2022, [fused] Sharma, arXiv 2408.08560, [dbtex] the challenge, [ours]."""
     dataset: str = option('csv', 'ours', 'bcs, vindr, cbis, mias or csv, a list of your own', group='data and run')
     root: str | None = option(None, 'ours', 'the data set as published, or a list; without it, a demo on phantoms')
     images: str | None = option(None, 'ours', 'where `mask.py prepare` put the images of --root')
@@ -693,11 +693,13 @@ def first_of(names, most=50):
     return '; '.join(names[:most]) + (f'; and {len(names) - most} more' if len(names) > most else '')
 
 
-def features_of(run):
-    """Encoder and pyramid of a finished run, in eval mode."""
+def features_of(run, size):
+    """Encoder and pyramid of a finished run on images of this size, in eval mode."""
     cfg, model, _ = restored(run)
     if model.fusion:
         raise ValueError(f'{run} is fused itself; give a run of stage I or II')
+    if cfg.size != size:
+        raise ValueError(f'{run} has learnt --size {cfg.size}, not {size}; both look at the same images')
     features = Features(model.encoder, cfg.channels)
     features.pyramid = model.pyramid
     return features.eval()
@@ -1273,7 +1275,6 @@ def load(cfg):
         if twice:
             raise ValueError(f'{what} {twice} belongs to two images or volumes; list each once, and let patient, study '
                              'and view tell them apart')
-    volumes = paired(cfg, volumes, notes) if cfg.paired else volumes
     unknown = set(cfg.findings) - {lesion[-1] for v in volumes for lesion in v.lesions}
     if unknown:
         raise ValueError(f"--findings {', '.join(sorted(unknown))}: no such label; found "
@@ -1284,7 +1285,8 @@ def load(cfg):
         notes.append(f"lesions other than {', '.join(cfg.findings)} do not count, and their images are no normals: "
                      f'{dropped}')
         volumes = [replace(v, lesions=k, normal=v.normal and len(k) == len(v.lesions)) for v, k in zip(volumes, kept)]
-    volumes = usable(cfg, assign(cfg, volumes), notes)
+    volumes = assign(cfg, volumes)                          # before pairing: a missing pair moves no patient
+    volumes = usable(cfg, paired(cfg, volumes, notes) if cfg.paired else volumes, notes)
     for split in ('train', 'val') if cfg.mimic else ('train', 'val', 'test'):
         if not any(v.lesions or cfg.mimic for v in volumes if v.split == split):
             if cfg.mimic:
@@ -1748,7 +1750,7 @@ def build(cfg, out=None):
     if not begun and not pretrained(cfg):
         encoder = vit.ViT(**encoder.config, layerscale=1.0)
     other = cfg.mimic or cfg.fuse
-    model = assembled(cfg, encoder.eval(), features_of(other) if other else None)
+    model = assembled(cfg, encoder.eval(), features_of(other, cfg.size) if other else None)
     if begun:
         own = model.state_dict()
         alike = {k: v for k, v in started.learnt().items() if k in own and v.shape == own[k].shape}
@@ -2264,9 +2266,11 @@ def pretrained(cfg):
 
 def label(cfg, learnt):
     """Name of a detector in the tables; `learnt`: its encoder was pretrained."""
+    encoder = 'pretrained' if learnt else 'random'
     head = 'fused ' * bool(cfg.fuse) + 'DINO-DETR ' * (cfg.head == 'detr')
-    trained, encoder = 'trained' if cfg.epochs else 'untrained', 'pretrained' if learnt else 'random'
-    return f'{head}on {encoder}' if head and cfg.epochs else f'{head}{trained} on {encoder} encoder'     # 36 columns
+    if head:                                                # 36 columns are all there is
+        return f"{'' if cfg.epochs else 'untrained '}{head}on {encoder}"
+    return f"{'trained' if cfg.epochs else 'untrained'} on {encoder} encoder"
 
 
 def introduce(cfg, volumes, notes):
@@ -2411,12 +2415,12 @@ def restored(run):
 
 DEMO = dict(out='runs/detect-demo', size=252, channels=64, epochs=7, batch=16, micro_batch=16, lr=2e-3, workers=0,
             min_distance=10.0, dropout=0.05)                # 100 pixels of 2457 are 10 of a phantom's 256
-DETR_DEMO = dict(queries=50, layers=(1, 3), denoising=20, lr=1e-3)      # over DEMO, for --head detr
+DETR_DEMO = DEMO | dict(out='runs/detr-demo', queries=50, layers=(1, 3), denoising=20, lr=1e-3)         # --head detr
 
 
 def demo(cfg, device):
     """Lesions in synthetic volumes that no training has seen: an untrained detector and a trained one."""
-    folder, again = Path(cfg.out) / 'phantoms', cfg.out == DEMO['out']
+    folder, again = Path(cfg.out) / 'phantoms', cfg.out in (DEMO['out'], DETR_DEMO['out'])
     untrained = replace(cfg, root=str(folder), out=f'{cfg.out}/untrained', epochs=0, search=0, resume=False)
     trained = replace(cfg, root=str(folder), out=f'{cfg.out}/trained')
     if not again and not (cfg.resume and folder.exists()) and os.path.isdir(cfg.out) and os.listdir(cfg.out):
@@ -2483,7 +2487,9 @@ def main(argv):
     if argv[:1] == ['predict']:
         predict(argv[1:], device)
     else:
-        cfg = parse(Config, argv, DEMO | (DETR_DEMO if 'detr' in argv else {}), source='root')
+        cfg = parse(Config, argv, DEMO, source='root')
+        if cfg.head == 'detr':
+            cfg = parse(Config, argv, DETR_DEMO, source='root')
         check(cfg, ranks)
         run(cfg, device) if cfg.root is not None else demo(cfg, device)
     dist.destroy_process_group()

@@ -73,8 +73,8 @@ def corners(boxes):
 
 def generalized_iou(a, b):
     """Intersection over union less the empty share of the smallest box around both (Rezatofighi 2019): x0 y0 x1 y1,
-    (..., 4) and (..., 4), broadcast -> (...). The 1e-6, the reference's, keep boxes without an
-    area finite and pull those of a few pixels towards 0."""
+    (..., 4) and (..., 4), broadcast -> (...). The 1e-6 are the reference's; they keep boxes without an area finite and
+    pull those of a few pixels towards 0."""
     common = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp_min(0).prod(-1)
     around = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - common

@@ -846,7 +846,7 @@ def areas_by_class(m, weight, classes):
 
 # ---- 7: three detectors ---------------------------------------------------------------------------------------------
 
-DETR = detect.DETR_DEMO | dict(head='detr')
+DETR = {k: detect.DETR_DEMO[k] for k in ('queries', 'layers', 'denoising', 'lr')} | dict(head='detr')
 REAL_DETECTOR = dict(size=252, channels=64, batch=16, micro_batch=16, workers=0, dropout=0.05, lr=2e-3, draws=100)
 
 
@@ -882,7 +882,7 @@ def detectors(out, sources, encoder):
     write('detectors', rows)
 
 
-def milliseconds(run, rounds=5):
+def milliseconds(run, rounds=25):
     """Median time of a detector for one image in memory, one thread, from pixels to boxes."""
     cfg, detector, _ = detect.restored(run)
     image = torch.rand(1, 1, cfg.size, cfg.size)
@@ -1040,8 +1040,8 @@ def table_of_fused():
     interval, and where the lesions show."""
     rows, control = read('fused'), list(FUSED)[1]
     kinds = ('ffdm', 'sm', 'both', 'neither')
-    lines = heads('we measured, FAUC-1', 'all', 'against equal parameters', *(
-        f'{kind}' for kind in ('in FFDM alone', 'its difference', 'in SM alone', 'in both', 'in neither')))
+    lines = heads('we measured, FAUC-1', 'all lesions', f'all, against {control}', 'those in FFDM alone',
+                  f'these, against {control}', 'in SM alone', 'in both', 'in neither')
     for trace in TRACES:
         here = {(row['arm'], row['lesions'], row['seed']): row for row in rows if float(row['trace']) == trace}
         for arm in dict.fromkeys(arm for arm, *_ in here):

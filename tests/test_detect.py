@@ -1387,7 +1387,7 @@ def test_the_three_stages_end_in_a_detector_that_needs_sm_alone(exams, encoder, 
         cli(*third, '--out', tmp_path / 'cut')
     b, fused = (torch.load(run[name] / 'last.pt', weights_only=True) for name in ('B', 'fused'))
     assert torch.equal(b['best']['weights']['pyramid.p3.weight'], fused['other']['weights']['pyramid.p3.weight'])
-    begun = detect.build(Config(init_from=str(run['A']), fuse=str(run['B']), channels=32)).state_dict()
+    begun = detect.build(Config(init_from=str(run['A']), fuse=str(run['B']), channels=32, size=84)).state_dict()
     assert all(torch.equal(v, begun[k]) for k, v in detect.restored(run['A'])[1].state_dict().items())
     cli('score', run['A'], run['fused'], '--draws', 10, '--out', tmp_path / 'score')
     run['B'].rename(tmp_path / 'gone')                      # the checkpoint is whole without it
@@ -1400,7 +1400,9 @@ def test_the_three_stages_end_in_a_detector_that_needs_sm_alone(exams, encoder, 
         with pytest.raises(ValueError, match=why):
             cli('predict', exams / 'sm/20.npy', '--checkpoint', name)
     with pytest.raises(ValueError, match='is fused itself'):
-        detect.features_of(run['fused'])
+        detect.features_of(run['fused'], 84)
+    with pytest.raises(ValueError, match='has learnt --size 84, not 112'):
+        detect.features_of(run['A'], 112)
     for given, why in ((dict(init_from=str(run['A']), channels=64), 'has 32 channels, --channels is 64'),
                        (dict(init_from=str(run['fused'])), 'is fused; go on with it by --fuse')):
         with pytest.raises(ValueError, match=why):
