@@ -644,7 +644,7 @@ def explain(best):
         if constant and spread < 0.1:                       # constant 0: no cell of this level lies in tissue
             print(f'  {name} has collapsed: B says nearly the same everywhere')
         elif constant and cosine <= constant:
-            print(f"  {name}: B is no better than the mean of C, so it has learnt nothing of this level")
+            print(f'  {name}: B is no better than the mean of C, so it has learnt nothing of this level')
 
 
 def paired(cfg, volumes, notes):
@@ -676,11 +676,11 @@ def paired(cfg, volumes, notes):
 def misfit(volume, partner):
     """Why two images are no pair; '' if they are one. What cannot be read in --root is for `usable` to say."""
     try:
-        (slices, H, W), path = mask.shape(volume.path), partner.path
+        slices, H, W = mask.shape(volume.path)
     except (ValueError, OSError):
         return ''
     try:
-        others, h, w = mask.shape(path)
+        others, h, w = mask.shape(partner.path)
     except (ValueError, OSError) as problem:
         return str(problem)
     alike = slices == others == 1 and abs(H * w / (W * h) - 1) < 0.02
@@ -1420,6 +1420,7 @@ class Frames(Dataset):
             return str(problem)
 
     def squashed(self, image):
+        """(H, W) -> (S, S)"""
         return np.asarray(Image.fromarray(image).resize((self.cfg.size,) * 2, Image.Resampling.BICUBIC))
 
     def read(self, v, z):
@@ -1592,8 +1593,10 @@ def plan(cfg, volumes, start, rank, ranks):
     """-> steps per epoch, and this rank's micro-batches of all epochs from `start` on, lists of items of `Frames`. An
     epoch is every annotated slice and --normals as many normal ones, shuffled and filled up to whole batches, the
     same however many ranks share them."""
-    ill, well = [(v, z) for v, volume in enumerate(volumes) for z in marked(volume)], normals(volumes)
-    ill, well = ([(v, 0) for v in range(len(volumes))], []) if cfg.mimic else (ill, well)       # every pair, once
+    if cfg.mimic:                                           # every pair, once
+        ill, well = [(v, 0) for v in range(len(volumes))], []
+    else:
+        ill, well = [(v, z) for v, volume in enumerate(volumes) for z in marked(volume)], normals(volumes)
     wanted = round(cfg.normals * len(ill)) if well else 0
     steps = math.ceil((len(ill) + wanted) / cfg.batch)
 

@@ -317,7 +317,7 @@ def _projections(without, volume, contrasts):
     lesion = volume.mean(0) - without
     volume += (contrasts[1] - 1) * lesion
     sm = (volume.mean(0) + volume.max(0)) / 2
-    sm += 1.0 * (sm - ndimage.gaussian_filter(sm, 2))
+    sm += sm - ndimage.gaussian_filter(sm, 2)
     return (without + contrasts[0] * lesion)[None], sm[None]
 
 
