@@ -30,16 +30,13 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 import warnings
 from collections import Counter, defaultdict
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from functools import lru_cache, partial
-from inspect import cleandoc
 from pathlib import Path
 
 import numpy as np
@@ -47,22 +44,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage, stats
+from scipy import ndimage
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import detr
+import images
 import mask
 import vit
+from metrics import mcnemar
+from run import commit, cosine, option, parse, save, setup
+from phantom import breast
 
 
 # ---- configuration --------------------------------------------------------------------------------------------------
-
-def option(default, source, text, group=None):
-    """A field that is a flag. `group` opens a section of --help."""
-    return field(default=default, metadata=dict(source=source, help=text, group=group))
-
 
 @dataclass
 class Config:
@@ -70,7 +66,7 @@ class Config:
     Lin 2017, [dino] the DINO detector, Zhang 2022, [fused] Sharma, arXiv 2408.08560, [dbtex] the challenge, [ours]."""
     dataset: str = option('csv', 'ours', 'bcs, vindr, cbis, mias or csv, a list of your own', group='data and run')
     root: str | None = option(None, 'ours', 'the data set as published, or a list; without it, a demo on phantoms')
-    images: str | None = option(None, 'ours', 'where `mask.py prepare` put the images of --root')
+    images: str | None = option(None, 'ours', 'where `prepare.py` put the images of --root')
     findings: tuple[str, ...] = option((), 'ours', 'the labels that count as lesions, such as Mass; all by default')
     out: str = option('runs/detect', 'ours', 'folder of this run')
     resume: bool = option(False, 'ours', 'go on with the run in --out, on CPU bit for bit')
@@ -134,81 +130,6 @@ class Config:
     def __post_init__(self):
         by_head = dict(detr=(1e-4, 0.1)).get(self.head, (5e-4, 1.0))
         self.lr, self.clip = (own if value is None else value for value, own in zip((self.lr, self.clip), by_head))
-
-
-def parse(config, argv, demo=None, source='data'):
-    """Flags -> config. `demo` replaces the defaults where the flag `source`, which names the data, is not given."""
-    parser = group = argparse.ArgumentParser(
-        usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
-        description=sys.modules[config.__module__].__doc__, epilog=cleandoc(config.__doc__),
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=118))
-    for f in fields(config):
-        if f.metadata['group']:
-            group = parser.add_argument_group(f.metadata['group'])
-        several = isinstance(f.default, tuple)
-        shown = ' '.join(map(str, f.default)) if several else '' if f.default is None else str(f.default)
-        text = f"{f.metadata['help']} [{f.metadata['source']}]{shown and f' (default: {shown})'}".replace('%', '%%')
-        kind = next((t for t in (bool, int, float) if t.__name__ in str(f.type)), str)
-        if kind is bool:
-            group.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
-        else:
-            many = '+' if '...' in str(f.type) else len(f.default) if several else None
-            group.add_argument(f'--{f.name}', type=kind, nargs=many, help=text,
-                               metavar={int: 'N', float: 'X', str: 'S'}[kind])
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    return config(**({} if source in given else demo or {}) | given)
-
-
-def setup():
-    """-> rank, ranks, device. There is always a process group: NCCL or gloo under torchrun, one of one without."""
-    cuda = torch.cuda.is_available()
-    backend = 'nccl' if cuda else 'gloo'
-    if 'RANK' in os.environ:
-        device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if cuda else torch.device('cpu')
-        if cuda:
-            torch.cuda.set_device(device)
-        patience = timedelta(hours=6)                       # rank 0 reads a million headers
-        store, rank, ranks = next(dist.rendezvous('env://', timeout=patience))
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT') if os.environ.get('GROUP_WORLD_SIZE') == '1' else None
-        store = dist.PrefixStore(attempt or '0', store)     # torchrun's still holds the addresses of ranks that died
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
-    else:
-        device = torch.device('cuda' if cuda else 'cpu')
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def save(path, state):
-    """Written beside its place, to the disk, and moved there whole: a crash, a power cut or a full disk leaves the
-    checkpoint before it."""
-    part = Path(f'{path}.part')
-    try:
-        torch.save(state, part)
-        with open(part, 'rb+') as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as problem:
-        part.unlink(missing_ok=True)
-        if not isinstance(problem, (OSError, RuntimeError)):
-            raise
-        raise OSError(f'{path} cannot be written ({problem}); is the disk full, or not yours?') from problem
-
-
-def cosine(step, steps, start, end, warmup=0):
-    """Linear from 0 over `warmup` steps, then half a cosine from start to end (DINOv2, per step)."""
-    if step < warmup:
-        return start * step / max(warmup - 1, 1)
-    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
-
-
-def commit():
-    """The commit of this file's repository; None outside one."""
-    try:
-        return subprocess.run(['git', '-C', Path(__file__).resolve().parent, 'rev-parse', 'HEAD'], capture_output=True,
-                              text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def check(cfg, ranks):
@@ -676,11 +597,11 @@ def paired(cfg, volumes, notes):
 def misfit(volume, partner):
     """Why two images are no pair; '' if they are one. What cannot be read in --root is for `usable` to say."""
     try:
-        slices, H, W = mask.shape(volume.path)
+        slices, H, W = images.shape(volume.path)
     except (ValueError, OSError):
         return ''
     try:
-        others, h, w = mask.shape(partner.path)
+        others, h, w = images.shape(partner.path)
     except (ValueError, OSError) as problem:
         return str(problem)
     alike = slices == others == 1 and abs(H * w / (W * h) - 1) < 0.02
@@ -971,16 +892,6 @@ def localised(o, weight):
 
 # ---- statistics (DBT-DINO 2.5) --------------------------------------------------------------------------------------
 
-def mcnemar(a, b):
-    """McNemar's test of two models, a and b (n,) correct or not on the same cases -> p, two-sided. Exact below 25
-    discordant cases, chi-squared with continuity correction from there on; 1 for equal models."""
-    a, b = np.asarray(a, bool), np.asarray(b, bool)
-    first, second = int((a & ~b).sum()), int((b & ~a).sum())
-    if first + second < 25:
-        return float(min(1.0, 2 * stats.binom.cdf(min(first, second), first + second, 0.5)))
-    return float(stats.chi2.sf((abs(first - second) - 1) ** 2 / (first + second), 1))
-
-
 # ---- data sets: published layout -> volumes with lesions ------------------------------------------------------------
 
 @dataclass
@@ -1152,7 +1063,7 @@ def cbis(cfg):
             films[split, line['patient_id'], line['left or right breast'][:1].upper(), line['image view']].append(line)
     if not films:
         raise ValueError(f'{cfg.root}: none of the four CSVs of CBIS-DDSM, such as mass_case_description_train_set.csv')
-    for file in mask.listing(cfg.root):
+    for file in images.listing(cfg.root):
         for part in Path(file).parts[:-1]:
             places[part].append(file)                       # by folder and by series UID; the others changed
 
@@ -1166,7 +1077,7 @@ def cbis(cfg):
         key = (patient, Path(found[0]['image file path'].split('/')[0]).name, side + view)
         volume = Volume(key, film, split)
         try:
-            volume.shape = mask.shape(film)
+            volume.shape = images.shape(film)
             for line in found:
                 rois = {*files(line['ROI mask file path']), *files(line['cropped image file path'])}
                 label = 'cancer' if line['pathology'] == 'MALIGNANT' else 'benign'
@@ -1193,7 +1104,7 @@ def roi_box(files, shape):
     rois = []
     for file in files:
         with contextlib.suppress(ValueError, OSError):      # a constant or damaged crop is no mask
-            rois.append(mask.read(file))
+            rois.append(images.read(file))
     for roi in sorted(rois, key=lambda roi: -roi.size):
         if np.isin(roi, (0, 255)).all() and roi.any():
             piece, pieces = ndimage.label(roi)
@@ -1212,7 +1123,7 @@ def mias(cfg):
     info, films, unplaced = Path(cfg.root) / 'Info.txt', {}, set()
     if not info.exists():
         raise ValueError(f'{info}: no such file; --root is the folder that holds it')
-    files = {Path(path).stem: path for path in mask.listing(cfg.root)}
+    files = {Path(path).stem: path for path in images.listing(cfg.root)}
     for line in info.read_text(errors='replace').splitlines():
         found = re.match(r'(mdb\d{3}) +[FGD] +(\w+)(?: +([BM])\b)?(?: +(\d{1,4}) +(\d{1,4}) +(\d{1,4})\b)?', line)
         if not found:
@@ -1221,7 +1132,7 @@ def mias(cfg):
         pair = f'{(int(film[3:]) + 1) // 2:03d}'
         volume = films.setdefault(film, Volume((pair, film, 'MLO'), files.get(film, f'{cfg.root}/{film}.pgm')))
         if circle[0]:
-            if os.path.isfile(volume.path) and mask.shape(volume.path)[1:] != (1024, 1024):
+            if os.path.isfile(volume.path) and images.shape(volume.path)[1:] != (1024, 1024):
                 raise ValueError(f'{volume.path}: not 1024x1024, so the circles of Info.txt do not fit it')
             x, y, radius = map(int, circle)
             volume.lesions.append((0, x - radius, 1024 - y - radius, x + radius, 1024 - y + radius,
@@ -1313,7 +1224,7 @@ def usable(cfg, volumes, notes):
             if not os.path.isfile(path):
                 raise OSError(f'{path}: no such file')
             if v.lesions:
-                shape = v.shape or mask.shape(v.path)
+                shape = v.shape or images.shape(v.path)
                 if v.slices not in (0, shape[0]):
                     raise ValueError(f'{v.path} has {shape[0]} slices, the label file says {v.slices}')
                 v.shape = shape
@@ -1372,7 +1283,7 @@ def assign(cfg, volumes):
 # ---- files -> samples -----------------------------------------------------------------------------------------------
 
 def prepared(cfg, path):
-    """Where a file of --root is read from: below --images under the name `mask.py prepare` gave it, or where it is."""
+    """Where a file of --root is read from: below --images under the name `prepare.py` gave it, or where it is."""
     if not cfg.images:
         return path
     root = cfg.root if os.path.isdir(cfg.root) else os.path.dirname(cfg.root) or '.'
@@ -1428,28 +1339,28 @@ class Frames(Dataset):
         down is decided on frame 0, once for a volume."""
         side, path = self.volumes[v].laterality, prepared(self.cfg, self.volumes[v].path)
         if side and v not in self.turned:
-            first = mask.read(path, 0)
+            first = images.read(path, 0)
             self.turned[v] = upright(first, side) is not first
-        image = mask.read(path, z)
+        image = images.read(path, z)
         image = image[::-1, ::-1] if self.turned.get(v) else image
-        image = image if path.lower().endswith('.npy') else mask.clahe(np.ascontiguousarray(image))
+        image = image if path.lower().endswith('.npy') else images.clahe(np.ascontiguousarray(image))
         return self.squashed(image), image.shape
 
     def plain(self, v, z):
         """For prediction; z None is the middle one of the normal frames."""
         volume, frame = self.volumes[v], z
         if z is None:
-            away = far_from_lesions(volume, mask.shape(volume.path)[0])
+            away = far_from_lesions(volume, images.shape(volume.path)[0])
             frame = away[len(away) // 2]
         image, shape = self.read(v, frame)
         if self.cfg.images:                                 # perhaps smaller than the file, whose pixels count
-            shape = (volume.shape or mask.shape(volume.path))[1:]
+            shape = (volume.shape or images.shape(volume.path))[1:]
         return dict(volume=v, frame=z, shape=shape, **self.sample(image, self.beside(v, image)))
 
     def augmented(self, v, z, epoch, index):
         """For training; z None is any of the normal frames."""
         rng, volume = np.random.default_rng([self.cfg.seed, epoch, index]), self.volumes[v]
-        K, H, W = volume.shape or mask.shape(volume.path)
+        K, H, W = volume.shape or images.shape(volume.path)
         if z is None:
             away = far_from_lesions(volume, K)
             z = away[rng.integers(len(away))]
@@ -1471,8 +1382,8 @@ class Frames(Dataset):
         breasts lie at different sides."""
         found, partner = {}, self.volumes[v].partner
         if partner:
-            other = upright(mask.read(partner.path), partner.laterality)
-            other = other if partner.path.lower().endswith('.npy') else mask.clahe(np.ascontiguousarray(other))
+            other = upright(images.read(partner.path), partner.laterality)
+            other = other if partner.path.lower().endswith('.npy') else images.clahe(np.ascontiguousarray(other))
             found['partner'] = self.squashed(other)
             if heavier_half(image) != heavier_half(found['partner']):
                 raise ValueError(f'{partner.path} is the mirror image of its pair {self.volumes[v].path}')
@@ -1883,7 +1794,7 @@ def predicted(cfg, detector, volumes, device):
         if volumes[v].lesions and not volumes[v].shape:     # told by `usable`: missed
             continue
         try:
-            volumes[v].shape = volumes[v].shape or mask.shape(volumes[v].path)
+            volumes[v].shape = volumes[v].shape or images.shape(volumes[v].path)
             items += [(v, z) for z in range(volumes[v].shape[0])]
         except (ValueError, OSError) as problem:
             notes.append(f'no findings in an unreadable file: {problem}')
@@ -2359,7 +2270,7 @@ def predict(argv, device):
     if not os.path.isfile(args.file):
         raise ValueError(f'{args.file}: no such file')
     threshold = best['threshold'] if args.threshold is None else args.threshold
-    volume = Volume((Path(args.file).name,) * 3, args.file, laterality=args.laterality, shape=mask.shape(args.file))
+    volume = Volume((Path(args.file).name,) * 3, args.file, laterality=args.laterality, shape=images.shape(args.file))
     rows, notes = predicted(cfg, detector.to(device), [volume], device)
     if notes and not rows:
         raise ValueError(notes[0])
@@ -2368,13 +2279,13 @@ def predict(argv, device):
     out, found = make_folder(args.out), []
     for old in out.glob('finding_[0-9][0-9].png'):          # of another file
         old.unlink()
-    first = mask.read(args.file, 0)
+    first = images.read(args.file, 0)
     turned, (H, W) = upright(first, args.laterality) is not first, first.shape
     for i, (_, x, y, w, h, z, depth, value, at) in enumerate(row for row in rows if row[-2] >= threshold):
         x, y = (W - x - w, H - y - h) if turned else (x, y)                             # as the file has it
         found.append(dict(x0=round(x, 1), y0=round(y, 1), x1=round(x + w, 1), y1=round(y + h, 1), frame=int(at),
                           first_frame=int(z), last_frame=int(z + depth - 1), score=round(value, 4)))
-        boxed(mask.read(args.file, int(at)), [(x, y, x + w, y + h, value)]).save(out / f'finding_{i:02d}.png')
+        boxed(images.read(args.file, int(at)), [(x, y, x + w, y + h, value)]).save(out / f'finding_{i:02d}.png')
         print(f'{args.file}: x {x:.0f}-{x + w:.0f}, y {y:.0f}-{y + h:.0f}, frames {z:.0f}-{z + depth - 1:.0f}, '
               f'score {value:.3f}')
     told = dict(file=args.file, threshold=threshold, findings=found, notes=notes)
@@ -2453,8 +2364,8 @@ def make_phantoms(cfg, folder, slices=8):
     for i in range(cfg.phantoms):
         split = 'train' if i < 0.65 * cfg.phantoms else 'val' if i < 0.75 * cfg.phantoms else 'test'
         rng = np.random.default_rng([cfg.seed, i, 0, 5])    # pretrain.py and finetune.py draw 1 to 4
-        example = mask.phantom(rng, slices, lesion=i % 3 > 0)
-        np.save(folder / f'{i:04d}.npy', np.stack([mask.clahe(mask.to_uint8(image)) for image in example.volume]))
+        example = breast(rng, slices, lesion=i % 3 > 0)
+        np.save(folder / f'{i:04d}.npy', np.stack([images.clahe(images.to_uint8(image)) for image in example.volume]))
         rows += [(f'{i:04d}.npy', f'{i:04d}', split, int(z), *box, 'cancer') for z, *box in example.boxes] \
             or [(f'{i:04d}.npy', f'{i:04d}', split, '', '', '', '', '', '')]
     write_csv(folder / 'lesions.csv', ('path', 'patient', 'split', 'frame', 'x0', 'y0', 'x1', 'y1', 'label'), rows)
@@ -2471,7 +2382,7 @@ def overlay(folder, runs, truth, columns=5):
             reach = [row for row in rows if row[0] == key and row[5] <= z < row[5] + row[6]]
             here = sorted(reach, key=lambda row: -row[-1])
             best = [(x, y, x + w, y + h, score) for _, x, y, w, h, _, _, score in here[:3]]
-            picture = boxed(mask.read(folder / key[1], int(z)), best, slice_truth, side=300)
+            picture = boxed(images.read(folder / key[1], int(z)), best, slice_truth, side=300)
             line += [np.asarray(picture), np.full((300, 4, 3), 255, np.uint8)]
         shown.append(np.hstack(line[:-1]))
     canvas = Image.new('RGB', (shown[0].shape[1], len(shown) * 324), 'white')

@@ -31,9 +31,6 @@ import warnings
 import zipfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
-from functools import partial
-from inspect import cleandoc
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -48,16 +45,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import mask
+import images
 import vit
+from metrics import knn, mcnemar, resample
+from run import cosine, option, parse, save, setup
+from phantom import breast
 
 
 # ---- configuration --------------------------------------------------------------------------------------------------
-
-def option(default, source, text, group=None):
-    """A field that is a flag. `group` opens a section of --help."""
-    return field(default=default, metadata=dict(source=source, help=text, group=group))
-
 
 @dataclass
 class Config:
@@ -66,7 +61,7 @@ class Config:
     dataset: str = option('csv', 'paper 3.3', 'rsna, vindr, ddsm, cmmd, cesm, mias or csv, a manifest of your own',
                           group='data')
     root: str | None = option(None, 'ours', 'the data set as published, or a manifest; without it, a demo on phantoms')
-    images: str | None = option(None, 'ours', 'where `mask.py prepare` put the images of --root')
+    images: str | None = option(None, 'ours', 'where `prepare.py` put the images of --root')
     task: str = option('cancer', 'paper 3.3', 'cancer, lesion, lesion_type, birads, density or risk')
     cancer_rule: str | None = option(None, 'ours', 'vindr: birads5 or birads45 is cancer; cmmd: unlisted is none')
     classes: tuple[str, ...] = option((), 'ours', 'csv: the names of the labels in order, the negative first')
@@ -122,72 +117,6 @@ RECIPES = dict(mlp=dict(pool='cls_mean', freeze=False, epochs=30, lr=1e-3, rates
                hazard=dict(pool='patch_mean_std', freeze=True, epochs=100, lr=3e-4, rates=(1e-5, 1e-3)),
                knn=dict(pool='cls_mean', freeze=True, epochs=0, lr=1e-3, rates=()))
 FINETUNING_LR = 1e-4
-
-
-def parse(config, argv, demo=None, source='data'):
-    """Flags -> config. `demo` replaces the defaults where the flag `source`, which names the data, is not given."""
-    parser = group = argparse.ArgumentParser(
-        usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
-        description=sys.modules[config.__module__].__doc__, epilog=cleandoc(config.__doc__),
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=118))
-    for f in fields(config):
-        if f.metadata['group']:
-            group = parser.add_argument_group(f.metadata['group'])
-        several = isinstance(f.default, tuple)
-        shown = ' '.join(map(str, f.default)) if several else '' if f.default is None else str(f.default)
-        text = f"{f.metadata['help']} [{f.metadata['source']}]{shown and f' (default: {shown})'}".replace('%', '%%')
-        kind = next((t for t in (bool, int, float) if t.__name__ in str(f.type)), str)
-        if kind is bool:
-            group.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
-        else:
-            many = '+' if '...' in str(f.type) else len(f.default) if several else None
-            group.add_argument(f'--{f.name}', type=kind, nargs=many, help=text,
-                               metavar={int: 'N', float: 'X', str: 'S'}[kind])
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    return config(**({} if source in given else demo or {}) | given)
-
-
-def setup():
-    """-> rank, ranks, device. There is always a process group: NCCL or gloo under torchrun, one of one without."""
-    cuda = torch.cuda.is_available()
-    backend = 'nccl' if cuda else 'gloo'
-    if 'RANK' in os.environ:
-        device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if cuda else torch.device('cpu')
-        if cuda:
-            torch.cuda.set_device(device)
-        patience = timedelta(hours=6)                       # rank 0 reads a million headers
-        store, rank, ranks = next(dist.rendezvous('env://', timeout=patience))
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT') if os.environ.get('GROUP_WORLD_SIZE') == '1' else None
-        store = dist.PrefixStore(attempt or '0', store)     # torchrun's still holds the addresses of ranks that died
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
-    else:
-        device = torch.device('cuda' if cuda else 'cpu')
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def save(path, state):
-    """Written beside its place, to the disk, and moved there whole: a crash, a power cut or a full disk leaves the
-    checkpoint before it."""
-    part = Path(f'{path}.part')
-    try:
-        torch.save(state, part)
-        with open(part, 'rb+') as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as problem:
-        part.unlink(missing_ok=True)
-        if not isinstance(problem, (OSError, RuntimeError)):
-            raise
-        raise OSError(f'{path} cannot be written ({problem}); is the disk full, or not yours?') from problem
-
-
-def cosine(step, steps, start, end, warmup=0):
-    """Linear from 0 over `warmup` steps, then half a cosine from start to end (DINOv2, per step)."""
-    if step < warmup:
-        return start * step / max(warmup - 1, 1)
-    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
 
 
 def resolved(cfg, ranks=1):
@@ -308,16 +237,6 @@ def kappa(y, yhat, classes):
     return float(1 - (weight * counts).sum() / (weight * chance).sum()) if (weight * chance).any() else math.nan
 
 
-def mcnemar(a, b):
-    """McNemar's test of two models, a and b (n,) correct or not on the same cases -> p, two-sided. Exact below 25
-    discordant cases, chi-squared with continuity correction from there on; 1 for equal models."""
-    a, b = np.asarray(a, bool), np.asarray(b, bool)
-    first, second = int((a & ~b).sum()), int((b & ~a).sum())
-    if first + second < 25:
-        return float(min(1.0, 2 * stats.binom.cdf(min(first, second), first + second, 0.5)))
-    return float(stats.chi2.sf((abs(first - second) - 1) ** 2 / (first + second), 1))
-
-
 def benjamini_hochberg(p):
     """Adjusted p values (n,): reject those <= alpha to hold the false discovery rate. p_(i) n / i, made monotone."""
     p = np.asarray(p, float)
@@ -352,33 +271,6 @@ def yearly_auc(y, mask, p):
     """AUROC of each year (T,) under censoring: y 0 or 1 (cancer by then), mask 1 where observed, p, all (n, T)."""
     y, p, use = np.asarray(y) > 0, np.asarray(p), in_year(y, mask)                      # (n, T) each
     return np.array([auc(y[use[:, t], t], p[use[:, t], t]) for t in range(y.shape[1])])
-
-
-def resample(metric, arrays, groups, rng, n=1000):
-    """metric(*arrays) on n bootstrap draws (n,): groups (patients, phantoms) are drawn with replacement, their rows
-    stay together. NaN where the metric is not defined on a draw."""
-    arrays, (_, group) = [np.asarray(a) for a in arrays], np.unique(groups, return_inverse=True)
-    rows = np.split(np.argsort(group, kind='stable'), np.cumsum(np.bincount(group))[:-1])
-    values = np.empty(n)
-    for i in range(n):
-        drawn = np.concatenate([rows[g] for g in rng.integers(len(rows), size=len(rows))])
-        values[i] = metric(*(a[drawn] for a in arrays))
-    return values
-
-
-def bootstrap(metric, arrays, groups, rng, n=1000):
-    """95 % percentile interval (low, high) of metric(*arrays) over patients; draws where it is NaN are left out."""
-    values = resample(metric, arrays, groups, rng, n)
-    return tuple(np.percentile(values[~np.isnan(values)], [2.5, 97.5])) if not np.isnan(values).all() else (np.nan,) * 2
-
-
-def knn(similarity, labels, k=10, temp=0.07):
-    """Weighted k-nearest-neighbour vote (DINO): similarity (n, m), labels (m,) from 0 up -> each class's share of the
-    vote (n, C). A square similarity with -inf on the diagonal leaves one out."""
-    near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]                           # (n, k)
-    weight = np.exp((np.take_along_axis(similarity, near, 1) - similarity.max(1, keepdims=True)) / temp)
-    votes = np.stack([(weight * (labels[near] == c)).sum(1) for c in range(labels.max() + 1)], axis=1)
-    return votes / votes.sum(1, keepdims=True)
 
 
 # ---- cumulative hazard (DBT-DINO 6.2.2; Yala 2021) ------------------------------------------------------------------
@@ -589,7 +481,7 @@ def ddsm(cfg):
             films[split, r['patient_id'], r['left or right breast'][:1].upper(), r['image view']].append(r)
     if not films:
         raise ValueError(f'{cfg.root}: none of the four CSVs of CBIS-DDSM, such as mass_case_description_train_set.csv')
-    for path in mask.listing(cfg.images or cfg.root):
+    for path in images.listing(cfg.images or cfg.root):
         for part in Path(path).parts[:-1]:
             places.setdefault(part, path)                   # folder or series UID -> its first file
 
@@ -618,7 +510,7 @@ def cmmd(cfg):
                                                            'LeftRight', 'abnormality', 'classification')}
     unlisted = dict(classification='Benign' if cfg.cancer_rule == 'unlisted' else '', abnormality='')
     rows = []
-    for path in tqdm(mask.listing(cfg.root), desc='reading headers', unit='file', delay=2):
+    for path in tqdm(images.listing(cfg.root), desc='reading headers', unit='file', delay=2):
         patient = next((part for part in Path(path).parts if re.fullmatch(r'D[12]-\d{4}', part)), None)
         if patient is None or path.lower().endswith('.npy'):
             continue
@@ -644,15 +536,15 @@ def cesm(cfg):
     which the worst counts, as in a BI-RADS of "4$5". BI-RADS 6 (known cancer) takes no part. The split that the
     authors' script writes ({training,testing}_set_pathology.csv) is used where it lies beside; it mixes patients."""
     root, name, verdict = Path(cfg.root), 'Image_name', 'Pathology Classification/ Follow up'
-    files = {Path(path).stem.strip(): path for path in mask.listing(cfg.images or cfg.root)}
+    files = {Path(path).stem.strip(): path for path in images.listing(cfg.images or cfg.root)}
     split = {r[name]: part for part in ('train', 'test') if (root / f'{part}ing_set_pathology.csv').exists()
              for r in table(root / f'{part}ing_set_pathology.csv', name)}
     sheet = next(root.glob('Radiology?manual?annotations.xlsx'), root / 'Radiology manual annotations.xlsx')
-    images, rows = defaultdict(list), []
+    by_image, rows = defaultdict(list), []
     for r in table(sheet, name, 'Patient_ID', 'Side', 'Type', 'View', 'BIRADS', 'Breast density (ACR)', verdict,
                    sheet='all'):
         if r['Type'] == 'DM':
-            images[r[name]].append(r)
+            by_image[r[name]].append(r)
 
     def label(found):
         verdicts = [r[verdict] for r in found]
@@ -662,7 +554,7 @@ def cesm(cfg):
                     birads='' if '6' in grades else max(grades),
                     density=found[0]['Breast density (ACR)'].upper().strip('_'))[cfg.task] or None
 
-    for image, found in images.items():
+    for image, found in by_image.items():
         path = files.get(image, f'{root}/Low energy images of CDD-CESM/{image}.jpg')
         rows.append(Row(path, label(found), found[0]['Patient_ID'].removesuffix('.0'), found[0]['Side'][:1].upper(),
                         found[0]['View'], split.get(image, ''), record=found[0]))
@@ -675,7 +567,7 @@ def mias(cfg):
     info, films, rows = Path(cfg.root) / 'Info.txt', defaultdict(list), []
     if not info.exists():
         raise ValueError(f'{info}: no such file; --root is the folder that holds it')
-    files = {Path(path).stem: path for path in mask.listing(cfg.images or cfg.root)}
+    files = {Path(path).stem: path for path in images.listing(cfg.images or cfg.root)}
     for line in info.read_text(errors='replace').splitlines():
         found = re.match(r'(mdb\d{3}) +([FGD]) +(\w+)(?: +([BM])\b)?', line)
         if found:
@@ -768,7 +660,7 @@ def _folder(cfg):
 
 
 def _prepared(cfg, row):
-    """Where a file of --root lies: below --images under the name `mask.py prepare` gave it, or itself."""
+    """Where a file of --root lies: below --images under the name `prepare.py` gave it, or itself."""
     if cfg.images is None or Path(row.path).is_relative_to(cfg.images):
         return row.path
     if row.name.startswith('..'):
@@ -895,19 +787,19 @@ class Images(Dataset):
         i, mirrored = item
         row = self.rows[i]
         try:
-            count = mask.frames(row.path)
+            count = images.frames(row.path)
             taken = min(self.cfg.slices or count, count)    # the middles of so many equal parts of the volume
             frames = [int((k + 0.5) * count / taken) for k in range(taken)] if row.frame is None else [row.frame]
-            images = np.stack([self.squashed(row.path, frame) for frame in frames])
+            squashed = np.stack([self.squashed(row.path, frame) for frame in frames])
         except (ValueError, OSError) as problem:
             tqdm.write(f'skipped: {problem}', file=sys.stderr)
             return i, None
-        return i, images[..., ::-1] if mirrored else images
+        return i, squashed[..., ::-1] if mirrored else squashed
 
     def squashed(self, path, frame):
         """Prepared .npy have their CLAHE behind them; every other file gets it here (MammoDINO 3.1)."""
-        image = mask.read(path, frame)
-        image = image if path.lower().endswith('.npy') else mask.clahe(image)
+        image = images.read(path, frame)
+        image = image if path.lower().endswith('.npy') else images.clahe(image)
         return np.asarray(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BICUBIC))
 
 
@@ -1824,8 +1716,8 @@ def demo(cfg, device):
         lines = ['path,patient,split,density,cancer']
         for i in range(cfg.phantoms):
             split = 'train' if i < 0.45 * cfg.phantoms else 'val' if i < 0.6 * cfg.phantoms else 'test'
-            phantom = mask.phantom(np.random.default_rng([cfg.seed, i, 0, 4]))          # pretrain.py draws 1, 2, 3
-            np.save(folder / f'{i:04d}.npy', mask.clahe(mask.to_uint8(phantom.volume[0])))
+            phantom = breast(np.random.default_rng([cfg.seed, i, 0, 4]))          # pretrain.py draws 1, 2, 3
+            np.save(folder / f'{i:04d}.npy', images.clahe(images.to_uint8(phantom.volume[0])))
             lines.append(f"{i:04d}.npy,{i:04d},{split},{'abcd'[phantom.density]},{phantom.cancer}")
         (folder / 'manifest.csv').write_text('\n'.join(lines) + '\n')
     dist.barrier()

@@ -13,7 +13,6 @@ One step, over all ranks and micro-batches:
     views, masks, slice pairs of 128 images  ->  student and teacher tokens  ->  four losses  ->  AdamW  ->  teacher EMA
 B images of a micro-batch, S s pixels, N patches, D width, E bottleneck, K prototypes, P slice pairs, M masked patches.
 """
-import argparse
 import atexit
 import contextlib
 import hashlib
@@ -25,7 +24,6 @@ import re
 import resource
 import shlex
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -34,10 +32,7 @@ import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
-from functools import partial
-from inspect import cleandoc
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,18 +43,17 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
+import images
 import losses
 import mask
 import sampler
 import vit
+from metrics import bootstrap, knn
+from run import claim, commit, cosine, option, parse, save, setup
+from phantom import breast
 
 
 # ---- configuration ------------------------------------------------------------------------------------------------
-
-def option(default, source, text, group=None):
-    """A field that is a flag. `group` opens a section of --help."""
-    return field(default=default, metadata=dict(source=source, help=text, group=group))
-
 
 @dataclass
 class Config:
@@ -154,49 +148,6 @@ DEMO = dict(out='runs/demo', workers=0, save_every=10_000, steps=330, batch=16, 
             teacher_temp=0.04, teacher_temp_steps=0, momentum=0.96)
 
 
-def parse(config, argv, demo=None, source='data'):
-    """Flags -> config. `demo` replaces the defaults where the flag `source`, which names the data, is not given."""
-    parser = group = argparse.ArgumentParser(
-        usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
-        description=sys.modules[config.__module__].__doc__, epilog=cleandoc(config.__doc__),
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=118))
-    for f in fields(config):
-        if f.metadata['group']:
-            group = parser.add_argument_group(f.metadata['group'])
-        several = isinstance(f.default, tuple)
-        shown = ' '.join(map(str, f.default)) if several else '' if f.default is None else str(f.default)
-        text = f"{f.metadata['help']} [{f.metadata['source']}]{shown and f' (default: {shown})'}".replace('%', '%%')
-        kind = next((t for t in (bool, int, float) if t.__name__ in str(f.type)), str)
-        if kind is bool:
-            group.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
-        else:
-            many = '+' if '...' in str(f.type) else len(f.default) if several else None
-            group.add_argument(f'--{f.name}', type=kind, nargs=many, help=text,
-                               metavar={int: 'N', float: 'X', str: 'S'}[kind])
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    return config(**({} if source in given else demo or {}) | given)
-
-
-def setup():
-    """-> rank, ranks, device. There is always a process group: NCCL or gloo under torchrun, one of one without."""
-    cuda = torch.cuda.is_available()
-    backend = 'nccl' if cuda else 'gloo'
-    if 'RANK' in os.environ:
-        device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if cuda else torch.device('cpu')
-        if cuda:
-            torch.cuda.set_device(device)
-        patience = timedelta(hours=6)                       # rank 0 reads a million headers
-        store, rank, ranks = next(dist.rendezvous('env://', timeout=patience))
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT') if os.environ.get('GROUP_WORLD_SIZE') == '1' else None
-        store = dist.PrefixStore(attempt or '0', store)     # torchrun's still holds the addresses of ranks that died
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
-    else:
-        device = torch.device('cuda' if cuda else 'cpu')
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
 def check(cfg, ranks):
     """What cannot work is refused before anything is read. -> micro-batches per step."""
     wrong = [f'--{name} {getattr(cfg, name)} must be above 0' for name in (
@@ -288,8 +239,8 @@ class Slices(Dataset):
         path = self.files[file]
         if file in self.deadly:
             raise ValueError(f'{path}: {TRIES} data workers died over it')
-        image = patiently(mask.read, path, frame, said=self.retried)
-        return image if path.lower().endswith('.npy') else mask.clahe(image)
+        image = patiently(images.read, path, frame, said=self.retried)
+        return image if path.lower().endswith('.npy') else images.clahe(image)
 
     def sample(self, rng, file, frame):
         """Views, masks and the pair of one slice. ValueError or OSError if the image cannot be used."""
@@ -481,7 +432,7 @@ def headers(cfg, folder):
 
     Of more than MANY files the headers are read by all cores and what they say is kept in OUT/index.npz; the next
     start reads those of files that are new or written since."""
-    files, cache = mask.listing(folder), Path(cfg.out) / 'index.npz'
+    files, cache = images.listing(folder), Path(cfg.out) / 'index.npz'
     many = len(files) > MANY
     written = np.array([modified(path) if many else 0 for path in files])
     old = remembered(cache) if many else {}
@@ -505,7 +456,7 @@ def headers(cfg, folder):
 def read_headers(files):
     """{path: its number of slices, or why it cannot be known}; of more than MANY by all cores."""
     try:
-        pools = ProcessPoolExecutor(initializer=mask.follow_parent) if len(files) > MANY else contextlib.nullcontext()
+        pools = ProcessPoolExecutor() if len(files) > MANY else contextlib.nullcontext()
         with pools as pool:
             found = pool.map(slices_of, files, chunksize=256) if pool else map(slices_of, files)
             return dict(zip(files, tqdm(found, total=len(files), desc='reading headers', unit='file', delay=2)))
@@ -515,7 +466,7 @@ def read_headers(files):
 
 def slices_of(path):
     try:
-        return patiently(mask.frames, path) if os.access(path, os.R_OK) else mask.frames(path)
+        return patiently(images.frames, path) if os.access(path, os.R_OK) else images.frames(path)
     except (ValueError, OSError) as problem:
         return str(problem)
 
@@ -692,13 +643,6 @@ def update_centers(center, teacher, taught, momentum=None):
     center['patch'].update(teacher.head.logits(means), counts, momentum)
 
 
-def cosine(step, steps, start, end, warmup=0):
-    """Linear from 0 over `warmup` steps, then half a cosine from start to end (DINOv2, per step)."""
-    if step < warmup:
-        return start * step / max(warmup - 1, 1)
-    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
-
-
 def schedules(cfg, step):
     rise = min(step / cfg.teacher_temp_steps, 1) if cfg.teacher_temp_steps else 1
     return dict(lr=cosine(step, cfg.steps, cfg.lr * math.sqrt(cfg.batch / 1024), cfg.lr_end, cfg.warmup),
@@ -715,22 +659,6 @@ def set_rates(optimizer, now, frozen):
 
 
 # ---- checkpoints and the log ---------------------------------------------------------------------------------------
-
-def save(path, state):
-    """Written beside its place, to the disk, and moved there whole: a crash, a power cut or a full disk leaves the
-    checkpoint before it."""
-    part = Path(f'{path}.part')
-    try:
-        torch.save(state, part)
-        with open(part, 'rb+') as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as problem:
-        part.unlink(missing_ok=True)
-        if not isinstance(problem, (OSError, RuntimeError)):
-            raise
-        raise OSError(f'{path} cannot be written ({problem}); is the disk full, or not yours?') from problem
-
 
 def checkpoint(cfg, step, parts, watch, rank, now=False):
     """OUT/last.pt every `save_every` steps, at the end and `now`; OUT/step_N.pt every `keep_every` steps, for good."""
@@ -944,15 +872,6 @@ def logged(path):
     return [line for line in lines if isinstance(line, dict) and type(line.get('step', 0)) is int]
 
 
-def commit():
-    """The commit of this file's repository; None outside one."""
-    try:
-        return subprocess.run(['git', '-C', Path(__file__).resolve().parent, 'rev-parse', 'HEAD'], capture_output=True,
-                              text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 class Watch:
     """Which files were opened and which were bad, over all ranks; too many bad ones stop the run.
     `left_out` is the number of files whose header could not be read, `data` the fingerprint of the others."""
@@ -1020,7 +939,7 @@ def main(cfg):
     accumulate, demo, out = check(cfg, ranks), cfg.data is None, Path(cfg.out)
     state = earlier(cfg, rank)
     out.mkdir(parents=True, exist_ok=True)
-    lock = mask.claim(out) if rank == 0 else None           # held until the end
+    lock = claim(out) if rank == 0 else None           # held until the end
     folder = make_phantoms(cfg, rank) if demo else cfg.data
     files, counts, left_out = index(cfg, folder, rank)
     watch = Watch(cfg, files, device, left_out, fingerprint(folder, files, counts))
@@ -1112,7 +1031,7 @@ def make_phantoms(cfg, rank):
         for old in folder.glob('*.npy'):
             old.unlink()
         for i in range(cfg.phantoms):
-            volume = prepared(mask.phantom(np.random.default_rng([cfg.seed, i, 0, 1]), slices=8 if i % 3 == 0 else 1))
+            volume = prepared(breast(np.random.default_rng([cfg.seed, i, 0, 1]), slices=8 if i % 3 == 0 else 1))
             np.save(folder / f'{i:04d}.npy', volume if len(volume) > 1 else volume[0])
     dist.barrier()
     return folder
@@ -1120,34 +1039,7 @@ def make_phantoms(cfg, rank):
 
 def prepared(example):
     """The paper's preprocessing (3.1) of a phantom: uint8 (K, H, W)."""
-    return np.stack([mask.clahe(mask.to_uint8(image)) for image in example.volume])
-
-
-def knn(similarity, labels, k=10, temp=0.07):
-    """Weighted k-nearest-neighbour vote (DINO): similarity (n, m), labels (m,) from 0 up -> each class's share of the
-    vote (n, C). A square similarity with -inf on the diagonal leaves one out."""
-    near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]                           # (n, k)
-    weight = np.exp((np.take_along_axis(similarity, near, 1) - similarity.max(1, keepdims=True)) / temp)
-    votes = np.stack([(weight * (labels[near] == c)).sum(1) for c in range(labels.max() + 1)], axis=1)
-    return votes / votes.sum(1, keepdims=True)
-
-
-def resample(metric, arrays, groups, rng, n=1000):
-    """metric(*arrays) on n bootstrap draws (n,): groups (patients, phantoms) are drawn with replacement, their rows
-    stay together. NaN where the metric is not defined on a draw."""
-    arrays, (_, group) = [np.asarray(a) for a in arrays], np.unique(groups, return_inverse=True)
-    rows = np.split(np.argsort(group, kind='stable'), np.cumsum(np.bincount(group))[:-1])
-    values = np.empty(n)
-    for i in range(n):
-        drawn = np.concatenate([rows[g] for g in rng.integers(len(rows), size=len(rows))])
-        values[i] = metric(*(a[drawn] for a in arrays))
-    return values
-
-
-def bootstrap(metric, arrays, groups, rng, n=1000):
-    """95 % percentile interval (low, high) of metric(*arrays) over patients; draws where it is NaN are left out."""
-    values = resample(metric, arrays, groups, rng, n)
-    return tuple(np.percentile(values[~np.isnan(values)], [2.5, 97.5])) if not np.isnan(values).all() else (np.nan,) * 2
+    return np.stack([images.clahe(images.to_uint8(image)) for image in example.volume])
 
 
 @torch.no_grad()
@@ -1163,9 +1055,9 @@ def report(cfg, teacher, device):
     """What the demo learnt, on breasts it never saw: leave-one-out k-NN density from the CLS token of the whole
     breast, beside what needs no training. Prints the table, writes OUT/report.json and two pictures."""
     n, out = cfg.test_phantoms, Path(cfg.out)
-    unseen = [mask.phantom(np.random.default_rng([cfg.seed, i, 0, 2])) for i in range(n)]
+    unseen = [breast(np.random.default_rng([cfg.seed, i, 0, 2])) for i in range(n)]
     images, density = np.concatenate([prepared(p) for p in unseen]), np.array([p.density for p in unseen])
-    volumes = [prepared(mask.phantom(np.random.default_rng([cfg.seed, i, 0, 3]), slices=8)) for i in range(32)]
+    volumes = [prepared(breast(np.random.default_rng([cfg.seed, i, 0, 3]), slices=8)) for i in range(32)]
     sides = {'random init': networks(cfg, device)[1], 'trained teacher': teacher}
 
     def hits(similarity):
@@ -1212,13 +1104,13 @@ def report(cfg, teacher, device):
 
 def pictures(cfg, sides, out):
     """views.png, what the sampler does; attention.png, features and attention before and after training."""
-    wide = mask.phantom(np.random.default_rng(8), width=288, lesion=True)
+    wide = breast(np.random.default_rng(8), width=288, lesion=True)
     image = prepared(wide)[0]
     sheet = sampler.contact_sheet(np.random.default_rng(1), image, mask.tissue(image, None), rho=cfg.min_coverage)
     sheet.save(out / 'views.png')
     rows = []
     for seed in (4, 6):
-        image = prepared(mask.phantom(np.random.default_rng(seed), lesion=True))[0]
+        image = prepared(breast(np.random.default_rng(seed), lesion=True))[0]
         size = [length // cfg.patch * cfg.patch for length in image.shape]
         maps = [vit.overlay(image, m) for network in sides.values()
                 for m in vit.heatmaps(network.backbone.cpu(), image, size)]

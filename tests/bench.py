@@ -37,7 +37,10 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import losses  # noqa: E402
+import images  # noqa: E402
 import mask  # noqa: E402
+import phantom  # noqa: E402
+from prepare import _prepare_one  # noqa: E402
 import pretrain  # noqa: E402
 import sampler  # noqa: E402
 import vit  # noqa: E402
@@ -106,7 +109,7 @@ def resident():
 
 def mammogram(H, W):
     """A phantom at the size of a real file, with the noise of one."""
-    small = mask.phantom(np.random.default_rng(3), height=H // 4, width=W // 4).volume[0]
+    small = phantom.breast(np.random.default_rng(3), height=H // 4, width=W // 4).volume[0]
     image = np.asarray(Image.fromarray(small).resize((W, H), Image.Resampling.BICUBIC)).astype(np.float32)
     image += np.random.default_rng(0).normal(0, 2, image.shape) * (image > 3)
     return np.uint8(image.clip(0, 255))
@@ -259,7 +262,7 @@ def pixels():
         theirs = cv2.morphologyEx(theirs, cv2.MORPH_OPEN, np.uint8(nine)) > 0
         row('closing and opening, against OpenCV',
             f"{np.count_nonzero(mask.opening(mask.closing(rough, 9), 9) != theirs)} pixels differ | |", '0')
-        levels = np.abs(mask.clahe(image).astype(int) - cv2.createCLAHE(2.0, (8, 8)).apply(image)).max()
+        levels = np.abs(images.clahe(image).astype(int) - cv2.createCLAHE(2.0, (8, 8)).apply(image)).max()
         row('CLAHE, against OpenCV', f'{levels} grey levels | |', 'at most 1')
     except ImportError:
         row('closing, opening and CLAHE, against OpenCV', 'not run: it is not installed | |', '0, at most 1')
@@ -270,12 +273,12 @@ def pixels():
            lambda: mask._percentile(mask._histogram(image), 40), lambda: np.percentile(image, 40), '4, equal')
     try:
         from skimage.exposure import equalize_adapthist
-        paired('CLAHE 8x8, 2560x3328; scikit-image', lambda: mask.clahe(image),
+        paired('CLAHE 8x8, 2560x3328; scikit-image', lambda: images.clahe(image),
                lambda: equalize_adapthist(image, (416, 320), 0.01), '8', 5)
     except ImportError:
         row('CLAHE 8x8, 2560x3328; scikit-image', 'not run: it is not installed | |', '8')
     deep = np.uint16(image) * 16 + np.random.default_rng(0).integers(0, 16, image.shape).astype(np.uint16)
-    paired('16 bits to 8, 2560x3328; float64 arithmetic', lambda: mask.to_uint8(deep),
+    paired('16 bits to 8, 2560x3328; float64 arithmetic', lambda: images.to_uint8(deep),
            lambda: np.uint8(np.rint((deep - float(deep.min())) * (255 / float(np.ptp(deep))))), '')
 
 
@@ -293,10 +296,10 @@ def volume():
     """One frame of a tomosynthesis volume, 70 frames of lossless JPEG 2000, against decoding all."""
     with tempfile.TemporaryDirectory() as folder:
         path = f'{folder}/volume.dcm'
-        jpeg2000(path, mask.phantom(np.random.default_rng(0), slices=70, height=640, width=512).volume)
-        paired('one of 70 JPEG 2000 frames of 512x640; the volume', lambda: mask.read(path, 35),
+        jpeg2000(path, phantom.breast(np.random.default_rng(0), slices=70, height=640, width=512).volume)
+        paired('one of 70 JPEG 2000 frames of 512x640; the volume', lambda: images.read(path, 35),
                lambda: decoded(path), 'one frame', 3)
-        memory(f'lambda: mask.read({path!r}, 35)', f'lambda: decoded({path!r})', 'one frame')
+        memory(f'lambda: images.read({path!r}, 35)', f'lambda: decoded({path!r})', 'one frame')
 
 
 def decoded(path):
@@ -329,14 +332,14 @@ def jpeg2000(path, frames):
 
 
 def prepare():
-    """`mask.py prepare` of one 2560x3328 film in lossless JPEG 2000: how much of it is decoding."""
+    """`prepare.py` of one 2560x3328 film in lossless JPEG 2000: how much of it is decoding."""
     with tempfile.TemporaryDirectory() as folder:
         image = np.uint16(mammogram(*SIZES[1])) * 16
         image += np.random.default_rng(0).integers(0, 16, image.shape).astype(np.uint16)
         jpeg2000(f'{folder}/film.dcm', image[None])
 
         def whole():
-            assert mask._prepare_one(f'{folder}/film.dcm', Path(folder) / 'film.npy', 1024) is None
+            assert _prepare_one(f'{folder}/film.dcm', Path(folder) / 'film.npy', 1024) is None
 
         paired('of a JPEG 2000 film of 2560x3328, decoding alone; all of `prepare`',
                lambda: decoded(f'{folder}/film.dcm'), whole, 'under 1.07', 5)
@@ -494,7 +497,7 @@ def trained(folder, out, *flags):
 
 def breasts(folder, n, slices, height, width):
     for i in range(n):
-        volume = mask.phantom(np.random.default_rng(i), slices=slices, height=height // 4, width=width // 4).volume
+        volume = phantom.breast(np.random.default_rng(i), slices=slices, height=height // 4, width=width // 4).volume
         np.save(f'{folder}/{i}.npy', np.stack([
             np.asarray(Image.fromarray(s).resize((width, height), Image.Resampling.BICUBIC)) for s in volume]))
 
@@ -574,16 +577,16 @@ def million():
         for i in range(20_000):
             np.save(f'{folder}/{i:06d}.npy', np.zeros((8, 8), np.uint8))
         start = time.perf_counter()
-        paths = mask.listing(folder)
+        paths = images.listing(folder)
         listed = time.perf_counter() - start
         start = time.perf_counter()
         for path in paths:
-            mask.frames(path)
+            images.frames(path)
         row('a million files, from 20,000: listing and headers on one core',
             f'{50 * listed:.0f} s and {50 * (time.perf_counter() - start):.0f} s | |')
 
-        mask.listing = lambda root: [f'{root}/patient_{i // 8:06d}/view_{i % 8}.npy' for i in range(10 ** 6)]
-        mask.frames, pretrain.modified = lambda path: 1, lambda path: 0
+        images.listing = lambda root: [f'{root}/patient_{i // 8:06d}/view_{i % 8}.npy' for i in range(10 ** 6)]
+        images.frames, pretrain.modified = lambda path: 1, lambda path: 0
         for times in ('first', 'second'):
             start = time.perf_counter()
             pretrain.headers(pretrain.Config(out=folder), '.')

@@ -41,7 +41,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import detect  # noqa: E402
 import finetune  # noqa: E402
+import images  # noqa: E402
 import mask  # noqa: E402
+import metrics  # noqa: E402
+import phantom  # noqa: E402
 import pretrain  # noqa: E402
 import sampler  # noqa: E402
 import vit  # noqa: E402
@@ -65,7 +68,7 @@ ARMS = {                                                    # Table 6, DINO-M al
 def phantoms(n, key, slices=1, every=1, **shape):
     """n phantoms of the experiments' frame, every `every`-th of `slices` slices, the others mammograms. `key` with the
     number of the phantom seeds it."""
-    drawn = (mask.phantom(np.random.default_rng([*key, i]), slices=1 if i % every else slices, **FRAME | shape)
+    drawn = (phantom.breast(np.random.default_rng([*key, i]), slices=1 if i % every else slices, **FRAME | shape)
              for i in range(n))
     return [dict(pixels=pretrain.prepared(p), **vars(p)) for p in drawn]
 
@@ -155,7 +158,7 @@ def features(encoder, images, chunk=64):
 
 def nearest(x, y, groups):
     """k-NN (k = 10, cosine), no neighbour of the same group -> each class's share of the vote (n, C)."""
-    return pretrain.knn(np.where(groups[:, None] == groups[None], -np.inf, x @ x.T), y)
+    return metrics.knn(np.where(groups[:, None] == groups[None], -np.inf, x @ x.T), y)
 
 
 def linear(x, y, groups, folds=5, decay=1e-2):
@@ -326,7 +329,7 @@ def ablation_on_real_images(out, data, sources):
 
     Without a real DBT volume the pairs come from phantom volumes in the folder, so the arms with slice pairs tell
     nothing about real tomosynthesis."""
-    counts = [mask.frames(path) for path in mask.listing(data)]
+    counts = [images.frames(path) for path in images.listing(data)]
     pairs = sum(c for c in counts if c > 1) / sum(counts)   # every slice is an item
     recipes, chosen = {}, {arm: change for arm, change in ARMS.items() if 'windows' not in arm}
     for arm, change in chosen.items():
@@ -342,7 +345,7 @@ def ablation_on_real_images(out, data, sources):
             found = finetune.load(finetune.resolved(finetune.Config(dataset=dataset, root=root, task=task)))[0]
             tasks[task] = {row.path: (row.label, row.patient) for row in found}
         paths = sorted(set().union(*tasks.values()))
-        images = [mask.clahe(mask.read(path)) for path in paths]
+        images = [images.clahe(images.read(path)) for path in paths]
         groups = np.array([next(found[path][1] for found in tasks.values() if path in found) for path in paths])
         labels = {task: np.array([found.get(path, (-1,))[0] for path in paths]) for task, found in tasks.items()}
         write('ablation', read_out(arms, images, labels, groups), data=dataset)
@@ -433,9 +436,9 @@ def tissue(out, sources, draws=10, most=100):
     for source in sources:
         name, path = source.split('=', 1)
         found[name] = labelled(path, most)
-    for source, images in found.items():
+    for source, examples in found.items():
         for rule in RULES:
-            made = [(mask.tissue(image, rule), truth, density) for image, truth, density in images]
+            made = [(mask.tissue(image, rule), truth, density) for image, truth, density in examples]
             for density in ('all', *sorted({d for *_, d in made})):
                 masks = [(m, truth) for m, truth, d in made if density in ('all', d)]
                 row = dict(source=source, density=density, rule='self-tuning' if rule is None else rule, n=len(masks),
@@ -468,7 +471,7 @@ def labelled(path, most):
         truth = np.array(Image.open(folder / line['mask']).convert('L')) > 100 if 'mask' in line else None
         density = line.get('tissue') or line.get('density') or \
             ('0-25 %', '25-50 %', '50-75 %', '75-100 %')[min(int(float(line['percent_density']) * 4), 3)]
-        images.append((mask.clahe(mask.read(folder / line['file'])), truth, density))
+        images.append((images.clahe(images.read(folder / line['file'])), truth, density))
     return images
 
 
@@ -529,7 +532,7 @@ def hidden(out, sources):
         annotated = sum(len(v.lesions) for v in volumes)
         for (size, kind, ratio), found in counts.items():
             covered, patients = np.array([np.mean(c) for c in found.values()]), np.array([p for p, *_ in found])
-            low, high = pretrain.bootstrap(np.mean, [covered], patients, np.random.default_rng(0), n=500)
+            low, high = metrics.bootstrap(np.mean, [covered], patients, np.random.default_rng(0), n=500)
             rows.append(dict(data=name, size=size, masks=kind, ratio=ratio, annotated=annotated, lesions=len(found),
                              value=covered.mean(), low=low, high=high))
     write('hidden', rows)
@@ -538,7 +541,7 @@ def hidden(out, sources):
 def under_masks(volume, rng, draws=20, n=37):
     """Global crops of an image at the default scales, masks of each kind and ratio -> for each lesion that lies whole
     in a crop: its number, its side in sides of the image, kind, ratio, whether each patch that it touches is masked."""
-    cfg, image = pretrain.Config(), mask.clahe(mask.read(volume.path))
+    cfg, image = pretrain.Config(), images.clahe(images.read(volume.path))
     breast = mask.tissue(image, cfg.percentile, cfg.kernel)
     for _ in range(draws):
         box, _ = sampler.crop_box(rng, breast, cfg.global_scale, (3 / 4, 4 / 3), cfg.min_coverage)
@@ -671,7 +674,7 @@ def lesion_volumes(folder):
         rows = []
         for i in range(315):
             split = 'train' if i < 195 else 'val' if i < 225 else 'test'
-            p = mask.phantom(np.random.default_rng([99, 12, i]), slices=8, lesion=i % 3 > 0)
+            p = phantom.breast(np.random.default_rng([99, 12, i]), slices=8, lesion=i % 3 > 0)
             np.save(folder / f'{i:04d}.npy', pretrain.prepared(p))
             rows += [(f'{i:04d}.npy', split, int(z), *box) for z, *box in p.boxes] or \
                 [(f'{i:04d}.npy', split, '', '', '', '', '')]
@@ -733,7 +736,7 @@ def looks(heat, component, tissue, lesion):
                  lesion_to_tissue=(lambda t, m, at, am: m.sum() / (t - m).sum() * (at - am).sum() / am.sum(),
                                    [*mass, *area]))
     for name, (metric, arrays) in found.items():
-        low, high = pretrain.bootstrap(metric, arrays, np.arange(len(heat)), np.random.default_rng(0), n=500)
+        low, high = metrics.bootstrap(metric, arrays, np.arange(len(heat)), np.random.default_rng(0), n=500)
         values |= {name: metric(*arrays), f'{name}_low': low, f'{name}_high': high}
     for name, yes, of in (('component_tissue', tissue > 0.5, (tissue > 0.5) | (tissue == 0)),
                           ('component_lesion', lesion > 0.25, tissue > 0.5)):
@@ -760,11 +763,11 @@ def pairs_of_phantoms(folder, trace, parts=(480, 80, 240)):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for i, split in enumerate(splits):
         seen = SEEN[i % len(SEEN)]
-        p = mask.phantom(np.random.default_rng([99, 15, i]), slices=8, lesion=seen is not None,
+        p = phantom.breast(np.random.default_rng([99, 15, i]), slices=8, lesion=seen is not None,
                          contrasts=contrasts.get(seen, (0, 0)))
         box = (0, *p.boxes[0][1:], seen) if seen else [''] * 6
         for name in ('sm', 'ffdm'):
-            np.save(folder / name / f'{i:04d}.npy', mask.clahe(mask.to_uint8(getattr(p, name))))
+            np.save(folder / name / f'{i:04d}.npy', images.clahe(images.to_uint8(getattr(p, name))))
             rows[name].append((f'{name}/{i:04d}.npy', i, i, 'LCC', split, *box))
         alike.setdefault((split, detect.heavier_half(p.sm)), []).append(i)
     for numbers in alike.values():                          # breasts of one split and side, each with the next one's
@@ -1165,8 +1168,8 @@ def projections_picture(trace=0.3, side=256):
     """FFDM and SM of four paired phantoms, whose lesions show in FFDM alone, in SM alone, in both and in neither."""
     contrasts, columns = dict(FFDM=(1, trace), SM=(0, 1), both=(1, 1), neither=(0, 0)), []
     for i, pair in enumerate(contrasts.values()):
-        p = mask.phantom(np.random.default_rng([3, 16, i]), slices=8, lesion=True, contrasts=pair)
-        shown = [detect.boxed(mask.clahe(mask.to_uint8(image)), truth=p.boxes[:, 1:], side=side)
+        p = phantom.breast(np.random.default_rng([3, 16, i]), slices=8, lesion=True, contrasts=pair)
+        shown = [detect.boxed(images.clahe(images.to_uint8(image)), truth=p.boxes[:, 1:], side=side)
                  for image in (p.ffdm, p.sm)]
         columns.append(np.pad(np.vstack(shown), ((0, 0), (0, 6), (0, 0)), constant_values=255))
     return pretrain.captioned(np.hstack(columns), [f'seen in {name}' for name in contrasts])

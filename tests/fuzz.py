@@ -8,8 +8,8 @@ A valid file is wounded: blindly, and knowing its format where a checksum would 
 a kind depends on (--seed, kind, i) alone. Readers owe it a valid result, or ValueError or OSError in one line that
 names the file or its folder. Anything else is a fault: another exception, a warning, a word on the terminal, SECONDS
 of the processor or ten times that on the clock, the death of the process, and resident memory that grows by MEMORY.
-MEMORY is twice the float64 pixels of a frame of mask.MAX_PIXELS, which the stretch to 8 bits holds, and a little.
-gdcm, the optional decoder, is left out: it ends the process over some damaged streams, which `mask.prepare` and
+MEMORY is twice the float64 pixels of a frame of images.MAX_PIXELS, which the stretch to 8 bits holds, and a little.
+gdcm, the optional decoder, is left out: it ends the process over some damaged streams, which `prepare.prepare` and
 `pretrain.Stream` survive.
 """
 import argparse
@@ -46,7 +46,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import detect  # noqa: E402
 import finetune  # noqa: E402
+import images  # noqa: E402
 import mask  # noqa: E402
+import phantom  # noqa: E402
 import pretrain  # noqa: E402
 import vit  # noqa: E402
 
@@ -56,7 +58,7 @@ LARGE = 10_000_000                          # pixels; above, an accepted image i
 
 # ---- valid files: {place: bytes} ----------------------------------------------------------------------------------
 
-VOLUME = mask.phantom(np.random.default_rng(0), slices=3, height=96, width=72).volume          # (3, 96, 72)
+VOLUME = phantom.breast(np.random.default_rng(0), slices=3, height=96, width=72).volume          # (3, 96, 72)
 DEEP, EIGHT, (H, W) = np.uint16(VOLUME) * 16, VOLUME[0], VOLUME[0].shape
 RGB, BITS = np.stack([EIGHT] * 3, axis=-1), Image.fromarray(EIGHT).convert('1')
 
@@ -443,13 +445,13 @@ def wounded(valid, kind, seed, i):
 # ---- readers ------------------------------------------------------------------------------------------------------
 
 def read_image(path):
-    count = mask.frames(path)
+    count = images.frames(path)
     assert type(count) is int and count >= 1, f'{count} frames'
     for frame, voi in {(0, False), (count - 1, path.endswith('.dcm'))}:
-        image = mask.read(path, frame, voi)
+        image = images.read(path, frame, voi)
         assert image.dtype == np.uint8 and image.ndim == 2 and image.size, f'{image.dtype} {image.shape}'
         if image.size <= LARGE:
-            results = mask.clahe(image), mask.tissue(image), mask.tissue(image, None)
+            results = images.clahe(image), mask.tissue(image), mask.tissue(image, None)
             assert {result.shape for result in results} == {image.shape}, 'results of another shape'
 
 

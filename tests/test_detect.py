@@ -17,7 +17,9 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 
 import detect
-import mask
+import images
+import phantom
+import prepare
 import vit
 from detect import Config, Volume
 
@@ -425,7 +427,7 @@ def test_a_volume_stored_upside_down_is_turned_and_its_boxes_are_not(bcs):
         inside = image[box[1]:box[3], box[0]:box[2]].mean()
         assert inside > 200 and inside > 1.3 * image[image > 20].mean(), volumes[v].split
     assert frames.turned[6] and not frames.turned[0]
-    stored = mask.read(volumes[6].path, 2)
+    stored = images.read(volumes[6].path, 2)
     assert (detect.upright(stored, 'L') == stored[::-1, ::-1]).all() and (detect.upright(stored, 'R') == stored).all()
 
 
@@ -1039,7 +1041,7 @@ def test_an_unusable_test_volume_counts_as_missed(trained, lesions, encoder, tmp
 
 
 def test_one_frame_is_read_at_a_time_and_every_one(trained, lesions, monkeypatch, group):
-    read, seen = mask.read, []
+    read, seen = images.read, []
 
     def counted(path, frame=0, voi=False):
         seen.append(frame)
@@ -1047,7 +1049,7 @@ def test_one_frame_is_read_at_a_time_and_every_one(trained, lesions, monkeypatch
         assert image.ndim == 2
         return image
 
-    monkeypatch.setattr(mask, 'read', counted)
+    monkeypatch.setattr(images, 'read', counted)
     cfg, detector, _ = detect.restored(trained)
     detect.predicted(cfg, detector, [Volume(('q', 'good', ''), str(lesions / '1.npy'))], torch.device('cpu'))
     assert seen == [0, 1, 2, 3]
@@ -1057,7 +1059,7 @@ def test_prepared_images_are_read_and_boxes_stay_in_pixels_of_the_original(tmp_p
     root, small = tmp_path / 'root', tmp_path / 'small'
     volume = np.random.default_rng(0).integers(0, 4000, (3, 120, 80)).astype(np.uint16)
     dicom(root / 'a' / 'v.dcm', volume)
-    assert mask.prepare(root, small, side=40) == (1, 0, 0)
+    assert prepare.prepare(root, small, side=40) == (1, 0, 0)
     cfg = Config(root=str(root), images=str(small), size=56)
     frames = detect.Frames(cfg, [Volume(('p', 'v', ''), str(root / 'a/v.dcm'), lesions=[(1, 10, 20, 40, 60, 'm')],
                                         shape=(3, 120, 80))])
@@ -1418,7 +1420,7 @@ def test_the_three_stages_end_in_a_detector_that_needs_sm_alone(exams, encoder, 
 def test_the_phantoms_of_a_pair_show_their_lesion_where_they_should():
     def visible(contrasts):
         """Brightness of the lesion against the same breast without it"""
-        with_, without = (mask.phantom(np.random.default_rng(4), slices=8, lesion=True, contrasts=c)
+        with_, without = (phantom.breast(np.random.default_rng(4), slices=8, lesion=True, contrasts=c)
                           for c in (contrasts, (0, 0)))
         _, x0, y0, x1, y1 = with_.boxes[0].astype(int)
         return [(getattr(with_, name)[y0:y1, x0:x1].astype(float) - getattr(without, name)[y0:y1, x0:x1]).mean()
@@ -1427,7 +1429,7 @@ def test_the_phantoms_of_a_pair_show_their_lesion_where_they_should():
     for contrasts in ((1, 0), (0, 1), (1, 1), (0, 0), (0.3, 0)):
         for wanted, found in zip(contrasts, visible(contrasts)):
             assert abs(found) < 0.5 if not wanted else found > 15 * wanted, (contrasts, found)
-    p = mask.phantom(np.random.default_rng(4), slices=8, lesion=False, contrasts=(1, 1))
+    p = phantom.breast(np.random.default_rng(4), slices=8, lesion=False, contrasts=(1, 1))
     assert p.ffdm.shape == p.sm.shape == p.tissue.shape and not p.ffdm[~p.tissue].any() and p.volume.shape[0] == 8
     with pytest.raises(ValueError, match='contrasts project a volume'):
-        mask.phantom(np.random.default_rng(4), contrasts=(1, 1))
+        phantom.breast(np.random.default_rng(4), contrasts=(1, 1))

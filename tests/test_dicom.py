@@ -13,7 +13,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian,
                          ImplicitVRLittleEndian)
 
-import mask
+import images
 
 ROWS, COLUMNS = 37, 29                              # 8 bits of an odd number of pixels end on an odd byte
 SPAN = {8: 251, 10: 1021, 12: 4093, 14: 16381, 16: 65521, 32: 4294967291}       # primes: no grey lies halfway
@@ -298,10 +298,10 @@ def test_however_it_is_written_the_mammogram_is_the_same(name, interpretation, t
     stored = stored_values(row['bits'], row['signed'], frames, padding)
     values = rescale(stored) if rescale else stored * slope + intercept
     write(tmp_path / 'a.dcm', interpretation, stored, **row)
-    assert mask.frames(tmp_path / 'a.dcm') == frames
+    assert images.frames(tmp_path / 'a.dcm') == frames
     for k in range(frames):
         for window in {None, voi}:                          # none unless asked
-            image = mask.read(tmp_path / 'a.dcm', k, voi=window is not None)
+            image = images.read(tmp_path / 'a.dcm', k, voi=window is not None)
             expected = definition(stored[k], window(values[k]) if window else values[k], padding,
                                   interpretation == 'MONOCHROME1')
             np.testing.assert_array_equal(image, expected)

@@ -19,7 +19,9 @@ from pydicom.sequence import Sequence
 from PIL import Image
 
 import finetune
-import mask
+import images
+import metrics
+import phantom
 import vit
 from finetune import Config, Row, resolved
 
@@ -97,17 +99,17 @@ def test_f1_of_an_absent_class_is_zero_and_counts():
 def test_bootstrap_draws_patients_and_leaves_out_what_is_not_defined():
     rng = np.random.default_rng(0)
     x = rng.normal(size=60)
-    alone = finetune.bootstrap(np.mean, [x], np.arange(60), np.random.default_rng(1))
-    copied = finetune.bootstrap(np.mean, [np.tile(x, 4)], np.tile(np.arange(60), 4), np.random.default_rng(1))
+    alone = metrics.bootstrap(np.mean, [x], np.arange(60), np.random.default_rng(1))
+    copied = metrics.bootstrap(np.mean, [np.tile(x, 4)], np.tile(np.arange(60), 4), np.random.default_rng(1))
     assert copied == pytest.approx(alone)                   # four images of a patient are no four patients
     y, s = np.r_[1, np.zeros(9)], rng.normal(size=10)
-    values = finetune.resample(finetune.auc, [y, s], np.arange(10), np.random.default_rng(0), 500)
+    values = metrics.resample(finetune.auc, [y, s], np.arange(10), np.random.default_rng(0), 500)
     assert 0.2 < np.isnan(values).mean() < 0.5              # (1 - 1/10)^10 = .35 draws hold no positive; 5 sd = .11
-    low, high = finetune.bootstrap(finetune.auc, [y, s], np.arange(10), np.random.default_rng(0), 500)
+    low, high = metrics.bootstrap(finetune.auc, [y, s], np.arange(10), np.random.default_rng(0), 500)
     assert low == np.percentile(values[~np.isnan(values)], 2.5) <= high
-    assert finetune.bootstrap(finetune.auc, [y.tolist(), s.tolist()], list('abcdefghij'), np.random.default_rng(0),
+    assert metrics.bootstrap(finetune.auc, [y.tolist(), s.tolist()], list('abcdefghij'), np.random.default_rng(0),
                               500) == (low, high)
-    assert all(map(math.isnan, finetune.bootstrap(finetune.auc, [y * 0, s], np.arange(10), rng, 20)))
+    assert all(map(math.isnan, metrics.bootstrap(finetune.auc, [y * 0, s], np.arange(10), rng, 20)))
 
 
 # ---- risk ---------------------------------------------------------------------------------------------------------
@@ -494,8 +496,8 @@ def files(tmp_path_factory):
     """Twelve images and a volume of seven slices, one of the images broken."""
     where = tmp_path_factory.mktemp('files')
     for i in range(12):
-        np.save(where / f'{i:02d}.npy', mask.phantom(np.random.default_rng(i), height=40, width=30).volume[0])
-    np.save(where / 'volume.npy', mask.phantom(np.random.default_rng(99), 7, 40, 30).volume)
+        np.save(where / f'{i:02d}.npy', phantom.breast(np.random.default_rng(i), height=40, width=30).volume[0])
+    np.save(where / 'volume.npy', phantom.breast(np.random.default_rng(99), 7, 40, 30).volume)
     (where / '05.npy').write_bytes(b'broken')
     return [str(path) for path in sorted(where.glob('*.npy'))]
 
@@ -533,7 +535,7 @@ def test_features_are_cached_by_file_and_weights(files, group, tmp_path, monkeyp
     units = finetune.units_of(cfg, rows, [])
     encoder = vit.ViT(**TINY)
     first = finetune.features(cfg, encoder, rows, units, cpu)
-    monkeypatch.setattr(mask, 'read', None)                 # a second reading would fail
+    monkeypatch.setattr(images, 'read', None)                 # a second reading would fail
     assert (finetune.features(cfg, encoder, rows, units, cpu) == first).all()
     monkeypatch.undo()
     with torch.no_grad():
@@ -670,7 +672,7 @@ def exams(tmp_path_factory):
         for side, view in product('LR', ('CC', 'MLO')):
             if (i, side) == (3, 'L') or (i, side, view) == (8, 'R', 'MLO'):
                 continue
-            volume = mask.phantom(rng, 3 if i % 10 == 0 else 1, 40, 30, density=i % 4).volume // (1 if sick else 3)
+            volume = phantom.breast(rng, 3 if i % 10 == 0 else 1, 40, 30, density=i % 4).volume // (1 if sick else 3)
             np.save(where / f'{i}{side}{view}.npy', volume if len(volume) > 1 else volume[0])
             lines.append(f"{i}{side}{view}.npy|p{i}|e{i}|{side}|{view}|{'abcd'[i % 4]}|{sick}|"
                          f"{i % 5 if sick else ''}|{1 + i % 7}|{40 + i}")

@@ -20,7 +20,10 @@ from pydicom.uid import (ExplicitVRBigEndian, ExplicitVRLittleEndian, HTJ2KLossl
                          JPEG2000Lossless, JPEGBaseline8Bit, JPEGLosslessSV1, RLELossless)
 from scipy import ndimage
 
+import images
 import mask
+import phantom
+import prepare
 
 GDCM = importlib.util.find_spec('gdcm') is not None
 
@@ -96,13 +99,13 @@ def test_every_file_kind_gives_the_same_mammogram(tmp_path):
     dicom(tmp_path / '1.2.840.9', pixels, RLELossless)
     dicom(tmp_path / 'l.dcm', pixels, JPEG2000Lossless,
           encapsulate([encoded(pixels, 'JPEG2000', no_jp2=True)]))
-    files = mask.listing(tmp_path)
+    files = images.listing(tmp_path)
     assert len(files) == 13
     for path in files:
-        assert mask.frames(path) == 1
-        np.testing.assert_array_equal(mask.read(path), eight, err_msg=path)
+        assert images.frames(path) == 1
+        np.testing.assert_array_equal(images.read(path), eight, err_msg=path)
     Image.fromarray(eight).save(tmp_path / 'z.jpg', quality=95)
-    assert np.abs(mask.read(tmp_path / 'z.jpg').astype(int) - eight).max() <= 3
+    assert np.abs(images.read(tmp_path / 'z.jpg').astype(int) - eight).max() <= 3
 
 
 def test_volumes_are_read_one_frame_at_a_time(tmp_path, monkeypatch):
@@ -116,41 +119,41 @@ def test_volumes_are_read_one_frame_at_a_time(tmp_path, monkeypatch):
     decoded = []
     original = Image.Image.load
     monkeypatch.setattr(Image.Image, 'load', lambda self: decoded.append(1) or original(self))
-    for path in mask.listing(tmp_path):
-        assert mask.frames(path) == 5
+    for path in images.listing(tmp_path):
+        assert images.frames(path) == 5
         for k in (0, 3, 4):
             decoded.clear()
-            np.testing.assert_array_equal(mask.read(path, k), stretched(volume[k]), err_msg=f'{path} {k}')
+            np.testing.assert_array_equal(images.read(path, k), stretched(volume[k]), err_msg=f'{path} {k}')
             assert len(decoded) <= 3, 'more than one frame was decoded'
         with pytest.raises(ValueError, match='frame 5 is asked for, the file has 5'):
-            mask.read(path, 5)
+            images.read(path, 5)
 
 
 def test_a_prepared_npy_is_returned_as_it_is(tmp_path):
     image = np.full((30, 20), 7, np.uint8)
     np.save(tmp_path / 'a.npy', image)
-    np.testing.assert_array_equal(mask.read(tmp_path / 'a.npy'), image)
+    np.testing.assert_array_equal(images.read(tmp_path / 'a.npy'), image)
 
 
 def test_rescale_then_window_then_monochrome1_then_padding(tmp_path):
     pixels = ramp()
     path = tmp_path / 'a.dcm'
-    np.testing.assert_array_equal(mask.read(dicom(path, pixels, PhotometricInterpretation='MONOCHROME1')),
+    np.testing.assert_array_equal(images.read(dicom(path, pixels, PhotometricInterpretation='MONOCHROME1')),
                                   255 - stretched(pixels))
-    falling = mask.read(dicom(path, pixels, RescaleSlope=-2, RescaleIntercept=9)).astype(int)
+    falling = images.read(dicom(path, pixels, RescaleSlope=-2, RescaleIntercept=9)).astype(int)
     assert np.abs(falling - stretched(-2. * pixels + 9)).max() <= 1                     # ties round either way
     signed = pixels.astype(np.int16) - 2000
-    np.testing.assert_array_equal(mask.read(dicom(path, signed)), stretched(signed))
+    np.testing.assert_array_equal(images.read(dicom(path, signed)), stretched(signed))
 
     window = dict(WindowCenter=[1500, 9], WindowWidth=[1000, 9], RescaleSlope=2, RescaleIntercept=-500)
     values = 2. * pixels - 500
     linear = np.clip((values - 1499.5) / 999 + 0.5, 0, 1)
     dicom(path, pixels, PhotometricInterpretation='MONOCHROME1', **window)
-    assert np.abs(mask.read(path, voi=True).astype(int) - (255 - stretched(linear))).max() <= 1
-    assert np.abs(mask.read(path).astype(int) - (255 - stretched(values))).max() <= 1   # no window unless asked
+    assert np.abs(images.read(path, voi=True).astype(int) - (255 - stretched(linear))).max() <= 1
+    assert np.abs(images.read(path).astype(int) - (255 - stretched(values))).max() <= 1   # no window unless asked
     dicom(path, pixels, VOILUTFunction='SIGMOID', WindowCenter=1500, WindowWidth=1000)
     sigmoid = 1 / (1 + np.exp(-4 * (pixels - 1500.) / 1000))
-    assert np.abs(mask.read(path, voi=True).astype(int) - stretched(sigmoid)).max() <= 1
+    assert np.abs(images.read(path, voi=True).astype(int) - stretched(sigmoid)).max() <= 1
 
 
 def test_padding_is_left_out_of_the_stretch_and_becomes_background(tmp_path):
@@ -159,7 +162,7 @@ def test_padding_is_left_out_of_the_stretch_and_becomes_background(tmp_path):
     for interpretation in ('MONOCHROME2', 'MONOCHROME1'):
         dicom(tmp_path / 'a.dcm', pixels, PixelPaddingValue=9000, PixelPaddingRangeLimit=9003,
               PhotometricInterpretation=interpretation)
-        image = mask.read(tmp_path / 'a.dcm')
+        image = images.read(tmp_path / 'a.dcm')
         expected = stretched(pixels[:, 8:])
         np.testing.assert_array_equal(image[:, 8:], expected if interpretation == 'MONOCHROME2' else 255 - expected)
         assert (image[:, :8] == 0).all()
@@ -169,24 +172,24 @@ def test_padding_and_rescale_as_writers_get_them_wrong(tmp_path):
     pixels = ramp().astype(np.int16)
     pixels[:, :5] = -2000
     path = dicom(tmp_path / 'a.dcm', pixels, PixelPaddingValue=-2000)
-    expected = mask.read(path)
+    expected = images.read(path)
     np.testing.assert_array_equal(expected[:, 5:], stretched(pixels[:, 5:]))
     ds = pydicom.dcmread(path)
     ds['PixelPaddingValue'] = pydicom.DataElement(0x00280120, 'US', 63536)              # -2000, as unsigned
     ds['PixelPaddingRangeLimit'] = pydicom.DataElement(0x00280121, 'US', None)
     ds.RescaleSlope, ds.RescaleIntercept = 1, None
     ds.save_as(path)
-    np.testing.assert_array_equal(mask.read(path), expected)
+    np.testing.assert_array_equal(images.read(path), expected)
     ds.RescaleSlope = -1
     ds.save_as(path)
-    np.testing.assert_array_equal(mask.read(path)[:, 5:], stretched(-pixels[:, 5:].astype(int)))
+    np.testing.assert_array_equal(images.read(path)[:, 5:], stretched(-pixels[:, 5:].astype(int)))
 
 
 def test_film_digitisers_tiff_with_white_as_zero_is_inverted(tmp_path):
     pixels = ramp()
     for image in (pixels, pixels.astype(np.float32)):
         Image.fromarray(image).save(tmp_path / 'a.tif', tiffinfo={262: 0})
-        np.testing.assert_array_equal(mask.read(tmp_path / 'a.tif'), 255 - stretched(pixels))
+        np.testing.assert_array_equal(images.read(tmp_path / 'a.tif'), 255 - stretched(pixels))
 
 
 def test_enhanced_multiframe_files_keep_their_window_in_groups(tmp_path):
@@ -202,7 +205,7 @@ def test_enhanced_multiframe_files_keep_their_window_in_groups(tmp_path):
     dicom(tmp_path / 'each.dcm', volume, PerFrameFunctionalGroupsSequence=[group(1000), group(3000)])
     for name, frame, center in [('shared', 1, 1000), ('each', 0, 1000), ('each', 1, 3000)]:
         expected = stretched(np.clip((volume[frame] - (center - .5)) / 799 + .5, 0, 1))
-        assert np.abs(mask.read(tmp_path / f'{name}.dcm', frame, voi=True).astype(int) - expected).max() <= 1
+        assert np.abs(images.read(tmp_path / f'{name}.dcm', frame, voi=True).astype(int) - expected).max() <= 1
 
 
 def test_a_file_that_hides_jpeg_behind_an_uncompressed_syntax_is_read(tmp_path):
@@ -210,29 +213,29 @@ def test_a_file_that_hides_jpeg_behind_an_uncompressed_syntax_is_read(tmp_path):
     for kind, data in [('jpeg', encoded(image, 'JPEG', quality=95)),
                        ('j2k', encoded(image, 'JPEG2000', no_jp2=True))]:
         dicom(tmp_path / f'{kind}.dcm', image, data=encapsulate([data]))
-        assert np.abs(mask.read(tmp_path / f'{kind}.dcm').astype(int) - image).max() <= 4
+        assert np.abs(images.read(tmp_path / f'{kind}.dcm').astype(int) - image).max() <= 4
     dicom(tmp_path / 'none.dcm', image, data=encapsulate([b'nothing known' * 9]))
     with pytest.raises(ValueError, match='encapsulated while the header declares them uncompressed'):
-        mask.read(tmp_path / 'none.dcm')
+        images.read(tmp_path / 'none.dcm')
 
 
 @pytest.mark.parametrize('name', ['lossless', 'mislabelled', 'jpegls'])
 def test_jpeg_lossless_is_read_as_soon_as_gdcm_is_installed(name):
     """A phantom written as JPEG Lossless (GE, Hologic), the same stream declared uncompressed, and JPEG-LS."""
     path = CASES / f'{name}.dcm'
-    assert mask.frames(path) == 1
+    assert images.frames(path) == 1
     if GDCM:
-        np.testing.assert_array_equal(mask.read(path), np.load(CASES / 'lossless.npy'))
+        np.testing.assert_array_equal(images.read(path), np.load(CASES / 'lossless.npy'))
     else:
         with pytest.raises(ValueError, match='JPEG.*needs a decoder: pip install python-gdcm'):
-            mask.read(path)
+            images.read(path)
 
 
 def test_htj2k_names_its_decoder(tmp_path):
     dicom(tmp_path / 'a.dcm', ramp(), HTJ2KLossless, encapsulate([b'\xff\x4f\xff\x51' + b'\0' * 60]))
     if importlib.util.find_spec('openjpeg') is None:
         with pytest.raises(ValueError, match='High-Throughput.*pip install pylibjpeg pylibjpeg-openjpeg'):
-            mask.read(tmp_path / 'a.dcm')
+            images.read(tmp_path / 'a.dcm')
 
 
 def bad_files(folder):
@@ -283,7 +286,7 @@ def _without_pixels(path):
 def test_bad_files_give_one_clear_line(tmp_path):
     for name, words in bad_files(tmp_path).items():
         with pytest.raises((ValueError, OSError)) as caught:
-            mask.read(tmp_path / name)
+            images.read(tmp_path / name)
         text = str(caught.value)
         assert text.startswith(str(tmp_path / name)) and '\n' not in text, (name, text)
         assert words in text, (name, text)
@@ -293,7 +296,7 @@ def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / 'notes.txt').write_text('x')
     for folder, words in [(tmp_path, 'no DICOM'), (tmp_path / 'absent', 'not a folder')]:
         with pytest.raises(ValueError, match=words):
-            mask.listing(folder)
+            images.listing(folder)
 
 
 def test_links_are_followed_once_and_hidden_files_are_not_images(tmp_path):
@@ -304,19 +307,19 @@ def test_links_are_followed_once_and_hidden_files_are_not_images(tmp_path):
     np.save(tmp_path / 'data' / '._a.npy', ramp())
     os.symlink(tmp_path / 'far', tmp_path / 'data' / 'inner' / 'far')
     os.symlink(tmp_path / 'data', tmp_path / 'data' / 'inner' / 'loop')
-    assert [os.path.basename(path) for path in mask.listing(tmp_path / 'data')] == ['a.npy', 'b.npy']
+    assert [os.path.basename(path) for path in images.listing(tmp_path / 'data')] == ['a.npy', 'b.npy']
 
 
 def test_no_header_value_is_in_an_error(tmp_path):
     for extra in (dict(data=b'\0' * 99 + b'\0'), dict(PhotometricInterpretation='MONOCHROME9'), dict(Rows=0)):
         dicom(tmp_path / 'a.dcm', ramp(), PatientName='Secret^Name', PatientID='Secret', **extra)
         with pytest.raises(ValueError) as caught:
-            mask.read(tmp_path / 'a.dcm')
+            images.read(tmp_path / 'a.dcm')
         assert 'Secret' not in str(caught.value)
     data = bytearray(dicom(tmp_path / 'a.dcm', ramp(), PatientName='Secret^Name').read_bytes())
     data[138] = 255                                                 # the length of the very first element
     (tmp_path / 'a.dcm').write_bytes(data)
-    for function in (mask.frames, mask.read):
+    for function in (images.frames, images.read):
         with pytest.raises(ValueError, match='header is damaged') as caught:
             function(tmp_path / 'a.dcm')
         assert 'Secret' not in str(caught.value)
@@ -329,7 +332,7 @@ def test_clahe_equals_opencv():
     for key in archive.files:
         if not key.endswith('image'):
             i, clip, tiles = key.split('/')
-            ours = mask.clahe(archive[f'{i}/image'], float(clip), int(tiles))
+            ours = images.clahe(archive[f'{i}/image'], float(clip), int(tiles))
             np.testing.assert_array_equal(ours, archive[key], err_msg=key)
 
 
@@ -386,7 +389,7 @@ def test_holes_are_filled_as_scipy_fills_them():
 def test_the_self_tuning_mask_keeps_the_breast_and_drops_labels_and_frames(air):
     rng = np.random.default_rng(0)
     for seed in range(12):
-        breast = mask.phantom(np.random.default_rng(seed))
+        breast = phantom.breast(np.random.default_rng(seed))
         image = np.maximum(breast.volume[0], np.uint8(rng.integers(0, air + 1, breast.tissue.shape)))
         label = np.zeros_like(breast.tissue)
         columns = slice(4, 30) if not breast.tissue[:, :34].any(0)[4:30].all() else slice(-30, -4)
@@ -401,7 +404,7 @@ def test_the_self_tuning_mask_keeps_the_breast_and_drops_labels_and_frames(air):
 
 def test_the_self_tuning_mask_of_a_large_image_is_that_of_its_reduction_to_a_few_pixels():
     """What is enlarged eight times, with odd sides and the noise of single pixels, keeps its outline."""
-    breast = mask.phantom(np.random.default_rng(1))
+    breast = phantom.breast(np.random.default_rng(1))
     size = (8 * 192 - 3, 8 * 256 - 5)
     image = np.asarray(Image.fromarray(breast.volume[0]).resize(size, Image.Resampling.BICUBIC)).astype(int)
     image = np.uint8((image + np.random.default_rng(0).integers(0, 12, image.shape)).clip(0, 255))
@@ -416,12 +419,12 @@ def test_8_bits_are_the_rounded_share_of_the_range_for_every_type(kind):
     pixels = np.random.default_rng(0).integers(-100, 101, (30, 40)).astype(kind)
     low, high = float(pixels.min()), float(pixels.max())
     expected = np.rint((pixels.astype(float) - low) * (255 / (high - low)))
-    np.testing.assert_array_equal(mask.to_uint8(pixels), expected)
-    np.testing.assert_array_equal(mask.to_uint8(pixels.T), expected.T)
+    np.testing.assert_array_equal(images.to_uint8(pixels), expected)
+    np.testing.assert_array_equal(images.to_uint8(pixels.T), expected.T)
 
 
 def test_tissue_and_clahe_refuse_what_is_not_an_8_bit_image():
-    for function in (mask.tissue, mask.clahe):
+    for function in (mask.tissue, images.clahe):
         with pytest.raises(ValueError, match='expected .H, W. uint8'):
             function(ramp())
     with pytest.raises(ValueError, match='percentile 150'):
@@ -439,7 +442,7 @@ def test_an_image_without_contrast_has_no_tissue():
 def test_phantoms_are_what_they_say():
     shares = []
     for density in range(4):
-        breast = mask.phantom(np.random.default_rng(5), slices=8, density=density, lesion=True)
+        breast = phantom.breast(np.random.default_rng(5), slices=8, density=density, lesion=True)
         assert breast.volume.shape == (8, 256, 192) and breast.volume.dtype == np.uint8
         assert breast.density == density and breast.cancer == 1
         z, x0, y0, x1, y1 = breast.boxes[0]
@@ -450,13 +453,13 @@ def test_phantoms_are_what_they_say():
         assert (breast.volume[:, ~breast.tissue] == 0).all()
         shares.append(np.median(breast.volume[:, breast.tissue]))
     assert shares == sorted(shares)
-    plain = mask.phantom(np.random.default_rng(5), lesion=False)
+    plain = phantom.breast(np.random.default_rng(5), lesion=False)
     assert plain.volume.shape == (1, 256, 192) and plain.boxes.shape == (0, 5) and plain.cancer == 0
-    np.testing.assert_array_equal(plain.volume, mask.phantom(np.random.default_rng(5), lesion=False).volume)
+    np.testing.assert_array_equal(plain.volume, phantom.breast(np.random.default_rng(5), lesion=False).volume)
 
 
 def test_neighbouring_slices_of_a_phantom_are_more_alike_than_distant_ones():
-    volume = mask.phantom(np.random.default_rng(1), slices=8, lesion=False).volume.astype(float)
+    volume = phantom.breast(np.random.default_rng(1), slices=8, lesion=False).volume.astype(float)
     near, far = (np.mean([np.corrcoef(volume[k].ravel(), volume[k + d].ravel())[0, 1] for k in range(8 - d)])
                  for d in (1, 6))
     assert near > 0.95 and near > far + 0.02
@@ -465,14 +468,14 @@ def test_neighbouring_slices_of_a_phantom_are_more_alike_than_distant_ones():
 def test_prepare_keeps_the_tree_goes_on_where_it_stopped_and_lists_what_it_cannot_read(tmp_path):
     src, dst = tmp_path / 'src', tmp_path / 'dst'
     (src / 'a' / 'b').mkdir(parents=True)
-    breast = mask.phantom(np.random.default_rng(0), slices=3)
+    breast = phantom.breast(np.random.default_rng(0), slices=3)
     dicom(src / 'a' / 'volume.dcm', breast.volume)
     Image.fromarray(breast.volume[1]).save(src / 'a' / 'b' / 'image.png')
     (src / 'broken.dcm').write_text('no')
-    assert mask.prepare(src, dst, side=96, workers=2) == (2, 0, 1)
+    assert prepare.prepare(src, dst, side=96, workers=2) == (2, 0, 1)
     volume = np.load(dst / 'a' / 'volume.npy')
     assert volume.shape == (3, 128, 96) and volume.dtype == np.uint8
-    expected = Image.fromarray(mask.clahe(mask.read(src / 'a' / 'volume.dcm', 2))).resize((96, 128), Image.BICUBIC)
+    expected = Image.fromarray(images.clahe(images.read(src / 'a' / 'volume.dcm', 2))).resize((96, 128), Image.BICUBIC)
     np.testing.assert_array_equal(volume[2], np.asarray(expected))
     assert np.load(dst / 'a' / 'b' / 'image.npy').shape == (128, 96)
     with open(dst / 'rejected.csv') as file:
@@ -480,13 +483,13 @@ def test_prepare_keeps_the_tree_goes_on_where_it_stopped_and_lists_what_it_canno
     assert [r['file'] for r in rows] == ['broken.dcm'] and 'not a DICOM file' in rows[0]['reason']
     os.remove(dst / 'a' / 'volume.npy')
     kept = os.stat(dst / 'a' / 'b' / 'image.npy').st_mtime_ns
-    assert mask.prepare(src, dst, side=96, workers=1) == (1, 1, 1)
+    assert prepare.prepare(src, dst, side=96, workers=1) == (1, 1, 1)
     assert os.stat(dst / 'a' / 'b' / 'image.npy').st_mtime_ns == kept
     assert not [p for p in dst.rglob('*') if p.suffix == '.part']
     for wrong, words in [(dict(dst=src / 'prepared'), 'choose a folder outside'), (dict(dst=dst, side=0), '--side 0'),
                          (dict(dst=dst, workers=0), '--workers 0')]:
         with pytest.raises(ValueError, match=words):
-            mask.prepare(src, **wrong)
+            prepare.prepare(src, **wrong)
 
 
 def test_an_interrupted_prepare_leaves_whole_files_and_goes_on(tmp_path):
@@ -494,7 +497,7 @@ def test_an_interrupted_prepare_leaves_whole_files_and_goes_on(tmp_path):
     np.save(tmp_path / '0.npy', ramp(shape=(3000, 2400)))
     for i in range(1, 16):
         os.link(tmp_path / '0.npy', tmp_path / f'{i}.npy')
-    command = [sys.executable, ROOT / 'mask.py', 'prepare', tmp_path, f'{tmp_path}-out', '--workers', '1']
+    command = [sys.executable, ROOT / 'prepare.py', tmp_path, f'{tmp_path}-out', '--workers', '1']
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # else deaf in a job
     out = tmp_path.with_name(tmp_path.name + '-out')
@@ -513,7 +516,7 @@ def test_an_interrupted_prepare_leaves_whole_files_and_goes_on(tmp_path):
 
 
 def test_the_command_line_shows_the_mask(tmp_path):
-    np.save(tmp_path / 'a.npy', mask.phantom(np.random.default_rng(0)).volume[0])
+    np.save(tmp_path / 'a.npy', phantom.breast(np.random.default_rng(0)).volume[0])
     for arguments, words in [((), 'overlap with the true mask'), ((tmp_path / 'a.npy', tmp_path / 'o.png'), 'tissue ')]:
         done = subprocess.run([sys.executable, ROOT / 'mask.py', *arguments], cwd=tmp_path, capture_output=True,
                               text=True)

@@ -14,10 +14,13 @@ import torch
 from conftest import ROOT, TIMING, TINY, run, same_run, timeless
 from PIL import Image
 
-import mask
+import images
+import metrics
+import phantom
 import pretrain
 import vit
 from pretrain import DEMO, Config, Slices, shuffled
+from run import cosine
 
 
 @pytest.fixture(scope='module')
@@ -32,15 +35,15 @@ def folder(tmp_path_factory):
     """A small data set: two mammograms, one volume, as .npy."""
     where = tmp_path_factory.mktemp('data')
     for i, slices in enumerate((1, 5, 1)):
-        volume = mask.phantom(np.random.default_rng(i), slices=slices).volume
+        volume = phantom.breast(np.random.default_rng(i), slices=slices).volume
         np.save(where / f'{i}.npy', volume if slices > 1 else volume[0])
     return where
 
 
 def slices(folder, **changes):
     cfg = Config(**DEMO | dict(volume_items=False) | changes)
-    files = mask.listing(folder)
-    return Slices(cfg, files, [mask.frames(f) for f in files])
+    files = images.listing(folder)
+    return Slices(cfg, files, [images.frames(f) for f in files])
 
 
 # ---- the recipe ---------------------------------------------------------------------------------------------------
@@ -72,7 +75,7 @@ def test_schedules_follow_dinov2():
     i = np.arange(steps - warmup)
     theirs = np.concatenate([np.linspace(0, start, warmup),
                              end + 0.5 * (start - end) * (1 + np.cos(np.pi * i / len(i)))])
-    ours = [pretrain.cosine(step, steps, start, end, warmup) for step in range(steps)]
+    ours = [cosine(step, steps, start, end, warmup) for step in range(steps)]
     np.testing.assert_allclose(ours, theirs, atol=1e-12)
     cfg = Config()
     assert pretrain.schedules(cfg, 0)['lr'] == 0
@@ -150,11 +153,11 @@ def test_masks_lie_on_the_crops_as_the_recipe_says(folder):
 
 
 def test_clahe_is_for_every_file_but_prepared_ones(folder, tmp_path):
-    image = mask.phantom(np.random.default_rng(0)).volume[0]
+    image = phantom.breast(np.random.default_rng(0)).volume[0]
     Image.fromarray(image).save(tmp_path / 'a.png')
     np.save(tmp_path / 'b.npy', image)
     data = slices(tmp_path)
-    np.testing.assert_array_equal(data.load(0, 0), mask.clahe(mask.read(tmp_path / 'a.png')))
+    np.testing.assert_array_equal(data.load(0, 0), images.clahe(images.read(tmp_path / 'a.png')))
     np.testing.assert_array_equal(data.load(1, 0), image)
 
 
@@ -171,7 +174,7 @@ def test_blind_crops_and_blind_masks_are_two_arms(folder, monkeypatch):
 
 
 def test_unusable_images_are_replaced_named_and_counted(tmp_path, group, capsys):
-    breast = mask.phantom(np.random.default_rng(0)).volume[0]
+    breast = phantom.breast(np.random.default_rng(0)).volume[0]
     for i in range(6):
         np.save(tmp_path / f'{i}.npy', breast)
     np.save(tmp_path / '2.npy', np.zeros((256, 192), np.uint8))
@@ -195,7 +198,7 @@ def test_unusable_images_are_replaced_named_and_counted(tmp_path, group, capsys)
 
 def test_a_long_volume_without_a_usable_slice_does_not_end_the_run(tmp_path):
     np.save(tmp_path / '0.npy', np.zeros((130, 60, 60), np.uint8))
-    np.save(tmp_path / '1.npy', mask.phantom(np.random.default_rng(0)).volume[0])
+    np.save(tmp_path / '1.npy', phantom.breast(np.random.default_rng(0)).volume[0])
     data = slices(tmp_path)
     samples = [data[i] for i in range(0, len(data), 40)]
     assert {s['file'] for s in samples} == {1} and {file for s in samples for file, _ in s['bad']} == {0}
@@ -219,12 +222,12 @@ def test_a_large_folder_is_indexed_once_and_afterwards_only_what_is_new(tmp_path
         np.save(data / f'{i:02d} ä.npy', np.zeros((1 + i % 3, 9, 9), np.uint8))
     (data / 'broken.npy').write_bytes(b'no')
     paths, counts, bad = pretrain.headers(cfg, data)
-    assert [paths[i] for i in range(len(paths))] == [p for p in mask.listing(data) if 'broken' not in p]
+    assert [paths[i] for i in range(len(paths))] == [p for p in images.listing(data) if 'broken' not in p]
     assert counts.tolist() == [1 + i % 3 for i in range(12)] and bad == 1
     assert 'broken.npy: not a .npy file' in capsys.readouterr().err
 
     read = []
-    monkeypatch.setattr(mask, 'frames', lambda path: read.append(os.path.basename(path)) or 7)
+    monkeypatch.setattr(images, 'frames', lambda path: read.append(os.path.basename(path)) or 7)
     np.save(data / 'new.npy', np.zeros((9, 9), np.uint8))
     (data / 'broken.npy').unlink()
     paths, counts, bad = pretrain.headers(cfg, data)
@@ -283,9 +286,9 @@ def test_knn_and_bootstrap_are_what_they_say():
     labels = np.repeat([0, 1, 2], 30)
     x = rng.normal(0, 0.2, (90, 3)) + 3 * np.eye(3)[labels]
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    assert (pretrain.knn(x @ x.T + np.diag(np.full(90, -np.inf)), labels).argmax(1) == labels).mean() > 0.95
+    assert (metrics.knn(x @ x.T + np.diag(np.full(90, -np.inf)), labels).argmax(1) == labels).mean() > 0.95
     values = rng.normal(1, 1, 400)
-    low, high = pretrain.bootstrap(np.mean, [values], np.arange(400), rng)
+    low, high = metrics.bootstrap(np.mean, [values], np.arange(400), rng)
     assert low == pytest.approx(values.mean() - 1.96 / 20, abs=0.03) and high > values.mean() > low
 
 

@@ -12,13 +12,13 @@ from PIL import Image, ImageEnhance
 from scipy import stats
 
 import sampler
-from mask import phantom
+import phantom
 
 
 @pytest.fixture(scope='module')
 def breast():
     """A small breast in a large frame, where uniform crops often miss: image uint8, tissue bool (400, 300)."""
-    p = phantom(np.random.default_rng(0), height=256, width=160)
+    p = phantom.breast(np.random.default_rng(0), height=256, width=160)
     image, tissue = np.zeros((400, 300), np.uint8), np.zeros((400, 300), bool)
     image[70:326, :160], tissue[70:326, :160] = p.volume[0], p.tissue
     return image, tissue

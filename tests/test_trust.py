@@ -32,7 +32,9 @@ from torch.utils.data import get_worker_info
 import detect
 import finetune
 import losses
-import mask
+import images
+import phantom
+import prepare
 import pretrain
 import vit
 from pretrain import DEMO, Config
@@ -43,7 +45,7 @@ def one(tmp_path_factory):
     """Flags of a run over 27 mammograms, 4 volumes and a file without tissue; six steps do not see them all."""
     folder = tmp_path_factory.mktemp('films')
     for i in range(31):
-        volume = mask.phantom(np.random.default_rng(i), slices=5 if i % 8 == 0 else 1).volume
+        volume = phantom.breast(np.random.default_rng(i), slices=5 if i % 8 == 0 else 1).volume
         np.save(folder / f'{i:02d}.npy', volume if len(volume) > 1 else volume[0])
     np.save(folder / '31.npy', np.zeros((256, 192), np.uint8))
     return ('--data', folder, *SMALL, '--workers', 0, '--drop_path', 0.2, '--layerscale', 1)
@@ -78,7 +80,7 @@ def folder(tmp_path):
     where = tmp_path / 'data'
     where.mkdir()
     for i in range(16):
-        volume = mask.phantom(np.random.default_rng(i), slices=5 if i % 4 == 0 else 1).volume
+        volume = phantom.breast(np.random.default_rng(i), slices=5 if i % 4 == 0 else 1).volume
         np.save(where / f'{i:02d}.npy', volume if len(volume) > 1 else volume[0])
     return where
 
@@ -200,8 +202,8 @@ def stream(folder, deaths, tmp_path):
     """Three epochs of four batches, by two workers, which draw nothing from torch's own numbers."""
     (tmp_path / 'tally').write_text('.' + 'x' * deaths)
     cfg = Config(**DEMO | dict(workers=2, batch=4, steps=12, out=str(tmp_path), volume_items=True))
-    files, drawn = mask.listing(folder), torch.get_rng_state()
-    flow = pretrain.Stream(cfg, files, [mask.frames(f) for f in files], torch.device('cpu'), 0, 0, 1, 1)
+    files, drawn = images.listing(folder), torch.get_rng_state()
+    flow = pretrain.Stream(cfg, files, [images.frames(f) for f in files], torch.device('cpu'), 0, 0, 1, 1)
     batches = [next(flow) for _ in range(12)]
     assert torch.equal(drawn, torch.get_rng_state())
     return flow, batches
@@ -234,8 +236,8 @@ def test_a_file_over_which_workers_always_die_is_skipped_named_and_counted(folde
 
 def test_a_share_that_is_away_for_a_moment_is_waited_out_and_a_file_that_is_gone_is_replaced(folder, monkeypatch):
     monkeypatch.setattr(pretrain, 'PAUSE', 0)
-    files, read = mask.listing(folder), mask.read
-    data = pretrain.Slices(Config(**DEMO), files, [mask.frames(f) for f in files])
+    files, read = images.listing(folder), images.read
+    data = pretrain.Slices(Config(**DEMO), files, [images.frames(f) for f in files])
     whole, failures = data[0], iter([True, True])
 
     def away(path, frame):
@@ -243,7 +245,7 @@ def test_a_share_that_is_away_for_a_moment_is_waited_out_and_a_file_that_is_gone
             raise OSError(f'{path}: Stale file handle')
         return read(path, frame)
 
-    monkeypatch.setattr(mask, 'read', away)
+    monkeypatch.setattr(images, 'read', away)
     sample = data[0]
     assert equal([{k: torch.from_numpy(v) for k, v in sample.items() if isinstance(v, np.ndarray)}],
                  [{k: torch.from_numpy(v) for k, v in whole.items() if isinstance(v, np.ndarray)}])
@@ -258,8 +260,8 @@ def test_a_share_that_stays_away_is_said_with_the_files_and_given_up(folder, tmp
     assert pretrain.STALL * pretrain.STALLS == 30 * 60
     monkeypatch.setattr(pretrain, 'STALL', 0.2)
     monkeypatch.setattr(pretrain, 'STALLS', 3)
-    files = mask.listing(folder)
-    counts = [mask.frames(f) for f in files]
+    files = images.listing(folder)
+    counts = [images.frames(f) for f in files]
     for file in files:
         os.remove(file)
         os.mkfifo(file)                                     # whoever opens it waits for ever
@@ -325,7 +327,7 @@ def test_another_recipe_and_other_files_need_override(folder, tmp_path):
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
-    code = 'import mask, sys; lock = mask.claim(sys.argv[1]); print("mine", flush=True); sys.stdin.read()'
+    code = 'import run, sys; lock = run.claim(sys.argv[1]); print("mine", flush=True); sys.stdin.read()'
     other = subprocess.Popen([sys.executable, '-c', code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              cwd=ROOT, text=True)
     assert other.stdout.readline() == 'mine\n'
@@ -450,8 +452,8 @@ def test_healthy_runs_are_told_nothing(whole, pair):
 
 def test_prepare_names_the_file_whose_decoder_crashes_and_prepares_the_rest(tmp_path, monkeypatch):
     for i in range(6):
-        Image.fromarray(mask.phantom(np.random.default_rng(i)).volume[0]).save(tmp_path / f'{i}.png')
-    read = mask.read
+        Image.fromarray(phantom.breast(np.random.default_rng(i)).volume[0]).save(tmp_path / f'{i}.png')
+    read = images.read
 
     def crash(path, frame=0):
         if path.endswith('3.png'):
@@ -460,19 +462,19 @@ def test_prepare_names_the_file_whose_decoder_crashes_and_prepares_the_rest(tmp_
             time.sleep(0.5)
         return read(path, frame)
 
-    monkeypatch.setattr(mask, 'read', crash)                # handed on to the processes as they are forked
+    monkeypatch.setattr(prepare, 'read', crash)                # handed on to the processes as they are forked
     out = tmp_path.parent / f'{tmp_path.name}-out'
-    assert mask.prepare(tmp_path, out, workers=3) == (5, 0, 1)
+    assert prepare.prepare(tmp_path, out, workers=3) == (5, 0, 1)
     assert '3.png,"the process died over it' in (out / 'rejected.csv').read_text()
     assert sorted(os.listdir(out)) == ['.lock', *(f'{i}.npy' for i in (0, 1, 2, 4, 5)), 'rejected.csv']
 
 
 def test_prepare_on_a_full_disk_says_so_leaves_no_litter_and_goes_on_later(tmp_path):
     for i, size in enumerate((64, 64, 512)):
-        Image.fromarray(mask.phantom(np.random.default_rng(i), height=size, width=size).volume[0]).save(
+        Image.fromarray(phantom.breast(np.random.default_rng(i), height=size, width=size).volume[0]).save(
             tmp_path / f'{i}.png')
     out = tmp_path.parent / f'{tmp_path.name}-out'
-    command = [sys.executable, ROOT / 'mask.py', 'prepare', tmp_path, out, '--workers', '1']
+    command = [sys.executable, ROOT / 'prepare.py', tmp_path, out, '--workers', '1']
     full = subprocess.run(command, capture_output=True, text=True, preexec_fn=at_most(100_000))
     assert full.returncode == 1 and 'cannot be written' in full.stderr and 'goes on from here' in full.stderr
     assert 'Traceback' not in full.stderr
@@ -497,7 +499,7 @@ def bombs(folder):
         + chunk(b'IDAT', zlib.compress(bytes(60_000))) + chunk(b'IEND', b''))
     (folder / 'bomb.tif').write_bytes(struct.pack('<2sHI', b'II', 42, 8) + page(60_000, 0))
     (folder / 'pages.tif').write_bytes(struct.pack('<2sHI', b'II', 42, 8) + b''.join(
-        page(1, 8 + len(page(1, 0)) * k) for k in range(1, mask.MAX_PAGES + 2)))
+        page(1, 8 + len(page(1, 0)) * k) for k in range(1, images.MAX_PAGES + 2)))
     (folder / 'bomb.pgm').write_bytes(b'P5 60000 60000 255\n' + bytes(100))
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, dict(descr='|u1', fortran_order=False, shape=(60_000, 60_000)))
@@ -533,11 +535,11 @@ def test_decompression_bombs_are_refused_before_they_unpack(tmp_path):
     """Each in two seconds, all within 50 MiB; the limit, lowered to a million pixels here, can be set."""
     expected = bombs(tmp_path)
     assert all(os.path.getsize(tmp_path / name) < 1_000_000 for name in expected)
-    code = ('import mask, resource, sys, time\n'
+    code = ('import images, resource, sys, time\n'
             'before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
             'for path in sys.argv[1:]:\n'
             '    start = time.process_time()\n'
-            '    try: mask.read(path)\n'
+            '    try: images.read(path)\n'
             '    except ValueError as error: print(error)\n'
             '    assert time.process_time() - start < 2, path\n'
             'assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024')
@@ -574,7 +576,7 @@ def test_no_header_value_is_written_anywhere(tmp_path, monkeypatch, capfd):
     raw.mkdir()
     lines = ['path,patient,label,x0,y0,x1,y1,frame,split']
     for i in range(20):
-        example = mask.phantom(np.random.default_rng(i), lesion=True, slices=2 if i == 0 else 1)
+        example = phantom.breast(np.random.default_rng(i), lesion=True, slices=2 if i == 0 else 1)
         dicom(raw / f'{i}.dcm', uid.ExplicitVRLittleEndian, SECRETS | dict(
             Rows=256, Columns=192, BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0, SamplesPerPixel=1,
             PhotometricInterpretation='MONOCHROME2', WindowCenter=128, WindowWidth=200, PatientAge='070Y',
@@ -588,7 +590,7 @@ def test_no_header_value_is_written_anywhere(tmp_path, monkeypatch, capfd):
     (raw / 'manifest.csv').write_text('\n'.join(lines) + '\n')
     (raw / 'lesions.csv').write_text('\n'.join(lines).replace('label', 'kind', 1) + '\n')
 
-    mask.prepare(raw, out / 'prepared', workers=1)
+    prepare.prepare(raw, out / 'prepared', workers=1)
     here(out / 'run', '--data', raw, *SMALL, '--workers', 1, '--steps', 3)
     shared = ['--root', raw, '--encoder', out / 'run' / 'last.pt', '--workers', 0]
     run_here(finetune, '--dataset', 'csv', '--task', 'cancer', '--head', 'linear', '--epochs', 2, '--draws', 20,
@@ -622,13 +624,13 @@ def test_nothing_is_written_outside_the_output_folder(tmp_path):
     (src / 'deep').mkdir(parents=True)
     root.mkdir(parents=True)
     for i in range(12):
-        Image.fromarray(mask.phantom(np.random.default_rng(i)).volume[0]).save(src / 'deep' / f'{i}..png')
+        Image.fromarray(phantom.breast(np.random.default_rng(i)).volume[0]).save(src / 'deep' / f'{i}..png')
     os.symlink(src, src / 'deep' / 'round')
     os.symlink(tmp_path / 'a', src / 'up')
     (root / 'manifest.csv').write_text('path,patient,label\n' + ''.join(
         f'../../src/deep/{i}..png,../../../evil{i},{i % 2}\n' for i in range(12)))
     before = set(tmp_path.rglob('*'))
-    assert mask.prepare(src, out / 'prepared', workers=1) == (12, 0, 0)
+    assert prepare.prepare(src, out / 'prepared', workers=1) == (12, 0, 0)
     run_here(finetune, '--dataset', 'csv', '--root', root, '--task', 'cancer', '--head', 'knn', '--neighbours', 2,
              '--draws', 20, '--workers', 0, '--cache', out / 'cache', '--out', out / 'heads')
     new = {path for path in tmp_path.rglob('*') if path not in before and path not in out.parents}
