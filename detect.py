@@ -54,7 +54,7 @@ import images
 import mask
 import vit
 from metrics import mcnemar
-from run import commit, cosine, option, parse, save, setup
+from run import cosine, lock, option, parse, save, setup
 from phantom import breast
 
 
@@ -1568,7 +1568,7 @@ def train(cfg, volumes, device, out):
     else:
         best = dict(score=-1.0, epoch=-1, threshold=0.5, weights=copied(detector), pretrained=pretrained(cfg))
     if rank == 0:                                           # the lines of epochs that are done stay
-        header = json.dumps(dict(config=asdict(cfg), torch=torch.__version__, commit=commit())) + '\n'
+        header = json.dumps(dict(config=asdict(cfg), torch=torch.__version__)) + '\n'
         log = out / 'log.jsonl'
         lines = log.read_text().splitlines(keepends=True) if start and log.exists() else [header]
         part = Path(f'{log}.part')                          # whole or not at all
@@ -2129,6 +2129,7 @@ def run(cfg, device, again=False):
         raise ValueError('the ranks see different files; --root must be the same folder for all of them')
     if rank == 0:
         make_folder(out)
+        writing = lock(out)                                 # held until the end
         if not cfg.resume:
             (out / 'last.pt').unlink(missing_ok=True)
         introduce(cfg, volumes, notes)

@@ -48,7 +48,7 @@ from tqdm import tqdm
 import images
 import vit
 from metrics import knn, mcnemar, resample
-from run import cosine, option, parse, save, setup
+from run import cosine, lock, option, parse, save, setup
 from phantom import breast
 
 
@@ -1336,6 +1336,7 @@ def run(cfg, device, again=False):
     except OSError as problem:
         raise OSError(f'--out {out} cannot be made ({problem.strerror}); choose another') from None
     if dist.get_rank() == 0:
+        writing = lock(out)                                 # held until the end
         introduce(cfg, parts, classes, notes)
     results = []
     for name, file in files.items():

@@ -1,239 +1,186 @@
 """Any file -> 8-bit grey (MammoDINO, arXiv 2510.11883, 3.1).
 
-    clahe(image)       ->  uint8 (H, W)      the paper's third preprocessing step
-    read(path, frame)  ->  uint8 (H, W)      any DICOM, PNG, TIFF, PGM, JPEG or .npy; one slice of a volume at a time
+    read(path, frame)  ->  uint8 (H, W)     a frame of DICOM, PNG, TIFF, PGM, JPEG or .npy; bright is dense
+    shape(path)        ->  (K, H, W)        from the header, nothing is decoded
+    clahe(image)       ->  uint8 (H, W)     the paper's contrast step
 
-A file with more than one frame is a volume: multi-frame DICOM, multi-page TIFF, .npy of shape (K, H, W).
-H W pixels, K slices.
+A file of K > 1 frames is a volume: multi-frame DICOM, multi-page TIFF, .npy (K, H, W). Frames count from 0
+in the order in which the file stores them. H W are pixels of a frame, h w of a tile.
+What cannot be read raises ValueError, or OSError where the system refuses it, in one sentence with the path.
 
 Copy this file alone; it imports nothing of this repository.
 """
 import contextlib
 import io
-import itertools
 import logging
-import math
 import os
+import re
 import struct
 import warnings
 import zlib
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pydicom
 from PIL import Image
-from pydicom.encaps import get_frame
-from pydicom.pixels import pixel_array
+from pydicom.pixels import apply_windowing, get_decoder, pixel_array
+from pydicom.uid import UID
 
-PICTURES = {'.png', '.tif', '.tiff', '.pgm', '.jpg', '.jpeg'}
-DICOMS = {'.dcm', '.dicom', '.ima'}
-SUFFIXES = PICTURES | DICOMS | {'.npy'}
-MAX_PIXELS = int(float(os.environ.get('MAX_PIXELS') or 8e7))     # per frame; the largest film scans have 35 million
-MAX_PAGES = 4096                    # of a TIFF, whose pages are only found one after the other
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS                             # Pillow refuses twice as many
-logging.getLogger('PIL').addHandler(logging.NullHandler())      # what it says about broken files, it raises as well
+SUFFIXES = {'.png', '.tif', '.tiff', '.pgm', '.jpg', '.jpeg', '.dcm', '.dicom', '.ima', '.npy'}
+PICTURES = b'\x89PNG', b'II*\0', b'MM\0*', b'\xff\xd8\xff', b'P2', b'P5', b'P6'
+MAX_PIXELS = int(float(os.environ.get('MAX_PIXELS') or 8e7))    # of a frame; large films have 35 million
+Image.MAX_IMAGE_PIXELS = None                                   # MAX_PIXELS holds for pictures too
+logging.getLogger('PIL').addHandler(logging.NullHandler())      # what it logs of broken files, it also raises
 
 
-# ---- contrast -----------------------------------------------------------------------------------------------------
+class Unreadable(ValueError):
+    """Our own words for what is wrong; a decoder's can quote the header, and a patient's name in it."""
 
-def clahe(image, clip=2.0, tiles=8):
-    """Contrast limited adaptive histogram equalization (Zuiderveld 1994, Reza 2004; MammoDINO 3.1), uint8 (H, W).
 
-    The image is cut into tiles x tiles; each tile's histogram is clipped at `clip` times its mean, what was clipped
-    is spread evenly, and its cumulative sum is a grey table. A pixel takes the four nearest tables, bilinearly.
-    Padding, rounding and order are OpenCV's, whose results it equals for any clip above 0.
+# ---- reading -------------------------------------------------------------------------------------
+
+def read(path, frame=0, voi=False, percentiles=None):
+    """One frame as uint8 (H, W), its own minimum and maximum stretched to 0..255 (MammoDINO 3.1).
+
+    Bright is dense: MONOCHROME1 and exposures with bright air are inverted. `voi` applies the VOI LUT or
+    window first. DICOM padding is left out of the stretch and becomes 0. `percentiles` (low, high) replace
+    minimum and maximum. A .npy of uint8 is returned as it is. One frame is decoded, never the volume.
     """
-    _check_uint8(image)
-    H, W = image.shape
-    padded = image
-    if H % tiles or W % tiles:
-        # OpenCV pads both sides as soon as one needs it, one that divides by `tiles` whole pixels
-        padded = np.pad(image, ((0, tiles - H % tiles), (0, tiles - W % tiles)), mode='reflect')
-    th, tw = padded.shape[0] // tiles, padded.shape[1] // tiles                         # pixels of a tile
-    tables = np.empty((tiles, tiles, 256), np.float32)
-    limit = max(int(clip * th * tw / 256), 1)
-    for i in range(tiles):
-        for j in range(tiles):
-            histogram = _histogram(padded[i * th:(i + 1) * th, j * tw:(j + 1) * tw])
-            tables[i, j] = np.rint(_clip(histogram, limit).cumsum().astype(np.float32) * np.float32(255 / (th * tw)))
-    tables = tables.clip(0, 255)
+    with _opened(path) as ((K, _, _), _, decode):
+        if not 0 <= frame < K:
+            raise Unreadable(f'frame {frame} is asked for, the file has {K}')
+        pixels, padding, inverted = decode(frame, voi)
+        if inverted is None:
+            return pixels
+        return to_uint8(pixels, padding, inverted, percentiles)
 
-    y, wy = _between(H, th)
-    x, wx = _between(W, tw)
-    out = np.empty_like(image)
-    for rows in _runs(y):                                   # one cell of rows x columns, one set of four tables
-        for columns in _runs(x):
-            (t, b), (l, r) = [np.clip((at, at + 1), 0, tiles - 1) for at in (y[rows][0], x[columns][0])]
-            grey, fy, fx = image[rows, columns].astype(np.intp), wy[rows, None], wx[columns]
-            upper = _blend(tables[t, l].take(grey), tables[t, r].take(grey), fx)
-            lower = _blend(tables[b, l].take(grey), tables[b, r].take(grey), fx)
-            out[rows, columns] = np.rint(_blend(upper, lower, fy))
-    return out
-
-
-def _blend(a, b, f):
-    """a (1 - f) + b f, in the memory of a and b."""
-    a *= 1 - f
-    b *= f
-    a += b
-    return a
-
-
-def _histogram(image):
-    return np.array(Image.fromarray(image).histogram())
-
-
-def _clip(histogram, limit):
-    """What exceeds `limit` is spread over all 256 greys, the remainder over evenly spaced ones, as in OpenCV."""
-    excess = int(np.maximum(histogram - limit, 0).sum())
-    histogram = np.minimum(histogram, limit) + excess // 256
-    rest = excess % 256
-    if rest:
-        histogram[::max(256 // rest, 1)][:rest] += 1
-    return histogram
-
-
-def _between(length, tile):
-    """For each pixel of a side: the tile whose centre lies before it (-1: none), and the weight of the next one."""
-    position = np.arange(length, dtype=np.float32) * np.float32(1 / tile) - np.float32(0.5)
-    before = np.floor(position).astype(int)
-    return before, position - before.astype(np.float32)
-
-
-def _runs(index):
-    """Slices over which a sorted index is constant."""
-    cuts = np.flatnonzero(np.diff(index)) + 1
-    return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, len(index)])]
-
-
-# ---- reading ------------------------------------------------------------------------------------------------------
 
 def frames(path):
-    """Number of slices in the file: 1 for a 2D mammogram, K for a volume. Reads the header only.
-
-    Raises ValueError or OSError with one line that says what came and what was expected.
-    """
+    """Number of frames: 1 for a 2D mammogram, K for a volume."""
     return shape(path)[0]
 
 
 def shape(path):
-    """(K, H, W) of the file: slices, rows, columns. Reads the header only; raises like `frames`."""
-    with _one_line_errors(path):
-        if _kind(path) == 'dicom':
-            ds = _header(path)[0]
-            return _dicom_frames(path, ds), int(ds.Rows), int(ds.Columns)
-        if _kind(path) == 'picture':
-            with _open_picture(path) as image:
-                return _pages(image), image.height, image.width
-        with open(path, 'rb') as file:
-            return _npy_header(file)
+    """(K, H, W) of the file, from its header."""
+    with _opened(path) as (size, _, _):
+        return size
 
 
-def read(path, frame=0, voi=False):
-    """One frame as uint8 (H, W), stretched from its own minimum and maximum to 0..255 (MammoDINO 3.1).
-
-    Bright is dense: MONOCHROME1 is inverted, after the rescale slope and, with `voi`, the file's VOI LUT or window.
-    DICOM pixel padding takes no part in the stretch and becomes 0. A uint8 .npy is returned as it is.
-    Colour is refused unless the three channels are equal. One frame is decoded, never the volume.
-    Raises ValueError or OSError with one line that says what came and what was expected.
-    """
-    with _one_line_errors(path):
-        if _kind(path) == 'dicom':
-            return _read_dicom(path, frame, voi)
-        if _kind(path) == 'picture':
-            return _read_picture(path, frame)
-        volume = _open_npy(path)
-        _check_frame(frame, len(volume))
-        pixels = np.array(volume[frame])
-        return pixels if pixels.dtype == np.uint8 else to_uint8(pixels)
+def refusal(path):
+    """Why the header of a DICOM file says that it holds no mammogram; None where nothing says so."""
+    with _opened(path) as (_, ds, _):
+        if ds is None:
+            return None
+        kind = ds.get('SOPClassUID', UID('')).name          # its name in DICOM's dictionary
+        if 'Segmentation' in kind:
+            return 'a segmentation object'
+        # Digitised films, all of CBIS-DDSM too, are secondary captures, but with a modality of radiographs.
+        if 'Secondary Capture' in kind and ds.get('Modality') not in ('MG', 'RG', 'CR', 'DX'):
+            return 'a secondary capture that is no radiograph'
+        crop = str(ds.get('SeriesDescription')).strip().lower() == 'cropped images'     # CBIS-DDSM's
+        return 'a crop of a lesion' if crop else None
 
 
 def listing(root):
-    """Every image file below `root`, sorted, through linked folders too. Files named without a suffix, or with a
-    number for one, count if they start like DICOM; hidden files and DICOMDIR do not."""
-    if not os.path.isdir(root):
-        raise ValueError(f'{root}: not a folder; expected a folder of DICOM, PNG, TIFF, PGM, JPEG or .npy files')
-
-    def refuse(error):
-        raise OSError(f'{error.filename}: the folder cannot be read ({error.strerror}); mend its permissions')
+    """Every image file below `root`, sorted, through linked folders too. A file without a suffix, or with
+    a number for one, counts if it begins like DICOM; hidden files and DICOMDIR do not."""
+    def refuse(error):                                      # os.walk would skip the folder in silence
+        raise OSError(f'{error.filename}: {error.strerror}; expected a folder that can be read')
 
     found, seen = [], set()
     for folder, inner, names in os.walk(root, onerror=refuse, followlinks=True):
-        if os.path.realpath(folder) in seen:                # a link back to where we were
+        if os.path.realpath(folder) in seen:                # a link back to where the walk was
             inner.clear()
             continue
         seen.add(os.path.realpath(folder))
         for name in names:
-            suffix, path = Path(name).suffix.lower(), os.path.join(folder, name)
-            if name.startswith('.') or name == 'DICOMDIR' or not os.path.isfile(path) and os.path.exists(path):
-                continue
-            if suffix in SUFFIXES or (not suffix or suffix[1:].isdigit()) and _starts_like_dicom(path):
+            path, suffix = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+            if not suffix.strip('.0123456789') and os.path.isfile(path):    # 1.2.840.9
+                mark = np.fromfile(path, np.uint8, 4, offset=128).tobytes()
+                suffix = '.dcm' if mark == b'DICM' else ''
+            if suffix in SUFFIXES and name[0] != '.' and name != 'DICOMDIR':
                 found.append(path)
     if not found:
         raise ValueError(f'{root}: no DICOM, PNG, TIFF, PGM, JPEG or .npy file in it')
     return sorted(found)
 
 
-def _kind(path):
-    suffix = os.path.splitext(path)[1].lower()
-    return 'npy' if suffix == '.npy' else 'picture' if suffix in PICTURES else 'dicom'
-
-
 @contextlib.contextmanager
-def _one_line_errors(path):
-    """Whatever a broken file makes a decoder raise becomes one clear line."""
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        raise ValueError(f'{path}: the file is empty')
+def _opened(path):
+    """-> (K, H, W), DICOM header or None, a function (frame, voi) -> pixels (H, W), padding, invert or not.
+    Whatever a broken file makes a decoder raise, here or in the block that uses it, becomes one sentence."""
     try:
-        with warnings.catch_warnings(action='ignore'):      # decoders warn with header values in the text
-            yield
+        with warnings.catch_warnings(action='ignore'), open(path, 'rb') as file:    # warnings quote headers
+            head, ds = file.read(132), None
+            file.seek(0)
+            # The first bytes say what the file is, for suffixes can be wrong.
+            if head[128:] == b'DICM' or head[:2] in (b'\2\0', b'\x08\0', b'\0\x08'):     # no preamble
+                file, ds = _header(file)
+                stored = _stored_frames(file, ds)
+                K, H, W = len(stored), ds.Rows, ds.Columns
+                decode = partial(_read_dicom, file, ds, stored)
+            elif head.startswith(b'\x93NUMPY'):
+                (K, H, W), decode = _open_npy(path)
+            elif head.startswith(PICTURES):
+                # without `formats`, Pillow can start Ghostscript
+                image = Image.open(file, formats=('PNG', 'TIFF', 'PPM', 'JPEG'))
+                K = image.n_frames if image.format == 'TIFF' else 1     # an animated PNG is one
+                H, W, decode = image.height, image.width, partial(_read_picture, image)
+            else:
+                raise Unreadable('empty, or not a DICOM, PNG, TIFF, PGM, JPEG or .npy file')
+            if H * W > MAX_PIXELS:                          # before they are allocated
+                raise Unreadable(f'declares {W}x{H} pixels; $MAX_PIXELS allows {MAX_PIXELS:,}')
+            yield (K, H, W), ds, decode
+    except Unreadable as error:
+        raise ValueError(f'{path}: {error}') from None
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:      # the system's, not the decoder's: trying again may help
+        if isinstance(error, OSError) and error.errno:      # the system's, not a decoder's
             raise type(error)(f'{path}: {error.strerror}') from None
-        raise ValueError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise ValueError(f'{path}: damaged or cut short ({type(error).__name__})') from None
 
 
-def _check_frame(frame, count):
-    if not 0 <= frame < count:
-        raise ValueError(f'frame {frame} is asked for, the file has {count}')
+def _open_npy(path):
+    volume = np.lib.format.open_memmap(path, mode='r')      # nothing is ever unpickled
+    numbers = volume.dtype.kind in 'uifb' and volume.size
+    if not numbers or volume.ndim not in (2, 3) or volume.shape[-1] <= 4:           # colour
+        raise Unreadable(f'{volume.dtype} {volume.shape}; expected numbers (H, W) or (K, H, W)')
+    volume = volume if volume.ndim == 3 else volume[None]
+    as_it_is = None if volume.dtype == np.uint8 else False
+    return volume.shape, lambda frame, voi: (np.array(volume[frame]), None, as_it_is)
 
 
-def _check_size(height, width):
-    if height < 1 or width < 1:
-        raise ValueError(f'declares {width}x{height} pixels')
-    if height * width > MAX_PIXELS:
-        raise ValueError(f'declares {width}x{height} pixels, more than {_limit()}')
+def _read_picture(image, frame, _):
+    size = image.size
+    image.seek(frame)
+    if image.size != size:
+        raise Unreadable('frames of different sizes')
+    deep = image.mode.startswith(('I', 'F'))                # 16 or 32 bit grey
+    if not deep and ';16' in str(image.tile):
+        raise Unreadable('16-bit colour, of which only 8 bits would be read; save it as grey')
+    # Photometric interpretation 0, white is zero: Pillow inverts only what has 8 bits.
+    inverted = deep and image.format == 'TIFF' and image.tag_v2.get(262) == 0
+    if not deep:                                            # 1 bit, alpha, palette and CMYK too
+        image = image.convert('L' if image.mode in ('1', 'L', 'LA', 'La') else 'RGB')
+    return _grey(np.array(image)), None, inverted
 
 
-def _limit():
-    return f'{MAX_PIXELS:,}; the environment variable MAX_PIXELS sets another limit'
+# ---- grey values and contrast --------------------------------------------------------------------
 
+def to_uint8(pixels, padding=None, invert=False, percentiles=None):
+    """round(255 (x - low) / (high - low)) as uint8 (H, W), low and high the minimum and maximum of x.
 
-def to_uint8(pixels, padding=None, invert=False):
-    """Min-max to 8 bits (H, W), rounded. `padding` bool (H, W) is left out of min and max and becomes 0."""
+    `padding`, bool (H, W), has no part in them and becomes 0. `percentiles` of the rest can replace them,
+    so that a burned-in label takes no greys from the breast."""
     valid = pixels if padding is None else pixels[~padding]
     if valid.size == 0:
-        raise ValueError('every pixel is padding')
-    low, high = valid.min(), valid.max()
-    if not np.isfinite(low) or not np.isfinite(high):
-        raise ValueError('NaN or infinite pixels')
-    if low == high:
-        raise ValueError(f'a constant image, every pixel is {low:g}')
-    low, span = float(low), float(high) - float(low)
-    if not np.isfinite(span):
-        raise ValueError(f'pixels from {low:g} to {float(high):g}, too far apart for numbers')
-    values = pixels
-    if pixels.dtype.kind in 'ui' and pixels.dtype.itemsize <= 2:                        # each grey value once
-        code = np.dtype(f'u{pixels.dtype.itemsize}')
-        values = np.arange(256 ** code.itemsize, dtype=code).view(pixels.dtype.newbyteorder('='))
-    scaled = values.astype(np.float64)                      # large: worked on in place
-    scaled -= low
-    scaled *= 255 / span
-    out = np.rint(scaled.clip(0, 255, out=scaled), out=scaled).astype(np.uint8)
-    if values is not pixels:
-        out = out[pixels.astype(values.dtype, copy=False).view(code)]
-    if invert:
-        out = 255 - out
+        raise Unreadable('every pixel is padding')
+    low, high = np.percentile(valid, percentiles) if percentiles else (valid.min(), valid.max())
+    low, span = float(low), float(high) - float(low)        # bytes would wrap round
+    if not 0 < span < np.inf:
+        raise Unreadable('a constant image, or NaN or infinite pixels')
+    x = (pixels.astype(np.float64) - low) * (255 / span)
+    out = np.rint(x.clip(0, 255, out=x), out=x).astype(np.uint8)
+    out = 255 - out if invert else out
     if padding is not None:
         out[padding] = 0
     return out
@@ -241,296 +188,227 @@ def to_uint8(pixels, padding=None, invert=False):
 
 def _grey(pixels):
     """(H, W) as it is; (H, W, 3) only where the three channels are equal."""
-    if pixels.ndim == 3 and pixels.shape[-1] == 3:
-        if not (pixels[..., :1] == pixels).all():
-            raise ValueError('a colour image; expected grey, or three equal channels')
+    if pixels.shape[2:] == (3,) and (pixels[..., :1] == pixels).all():
         pixels = pixels[..., 0]
     if pixels.ndim != 2:
-        raise ValueError(f'pixels of shape {pixels.shape}; expected (H, W)')
+        raise Unreadable('a colour image; expected grey, or three equal channels')
     return pixels
 
 
-def _open_npy(path):
-    """(H, W) or (K, H, W) -> a memory map (K, H, W). Nothing is ever unpickled."""
-    with open(path, 'rb') as file:
-        shape = _npy_header(file)
-    return np.lib.format.open_memmap(path, mode='r').reshape(shape)
+def clahe(image, clip=2.0, tiles=8):
+    """Contrast limited adaptive histogram equalization (Zuiderveld 1994; MammoDINO 3.1), uint8 (H, W).
+
+    The image is cut into tiles x tiles. The histogram of each, cut at `clip` times its mean, gives a table:
+
+        table(v) = 255 / (h w) * (number of pixels <= v)
+
+    A pixel takes the tables of the four tiles around it, mixed by the distance to their centres. Padding,
+    rounding and the order of operations are OpenCV's, whose results this equals bit for bit."""
+    if image.dtype != np.uint8 or image.ndim != 2:
+        raise ValueError(f'an image {image.shape} of {image.dtype}; expected (H, W) uint8')
+    (H, W), padded = image.shape, image
+    if H % tiles or W % tiles:
+        # OpenCV pads both sides as soon as one needs it, so a side that divides grows by `tiles`.
+        padded = np.pad(image, ((0, tiles - H % tiles), (0, tiles - W % tiles)), mode='reflect')
+    h, w = padded.shape[0] // tiles, padded.shape[1] // tiles
+    limit = max(int(clip * h * w / 256), 1)
+    tables = np.empty((tiles, tiles, 256), np.float32)
+    for i, j in np.ndindex(tiles, tiles):
+        counts = np.bincount(padded[i * h:(i + 1) * h, j * w:(j + 1) * w].ravel(), minlength=256)
+        # What exceeds the limit is spread over all greys, the remainder over evenly spaced ones.
+        each, rest = divmod(int(np.maximum(counts - limit, 0).sum()), 256)
+        counts = np.minimum(counts, limit) + each
+        counts[::max(256 // max(rest, 1), 1)][:rest] += 1
+        below = counts.cumsum().astype(np.float32)
+        tables[i, j] = np.rint(below * np.float32(255 / (h * w))).clip(0, 255)
+
+    # In tiles from the first centre. All pixels between four centres share four tables.
+    y, x = (np.arange(n, dtype=np.float32) * np.float32(1 / tile) - np.float32(0.5)
+            for n, tile in ((H, h), (W, w)))
+    out = np.empty_like(image)
+    for i, j in np.ndindex(tiles + 1, tiles + 1):
+        rows = slice(*np.searchsorted(y, [i - 1, i]))
+        columns = slice(*np.searchsorted(x, [j - 1, j]))
+        a, b = y[rows, None] - (i - 1), x[columns] - (j - 1)
+        grey = image[rows, columns].astype(np.intp)
+        # at the border, two of the four are the same
+        (top, bottom), (left, right) = np.clip([(i - 1, i), (j - 1, j)], 0, tiles - 1)
+        upper = tables[top, left].take(grey) * (1 - b) + tables[top, right].take(grey) * b
+        lower = tables[bottom, left].take(grey) * (1 - b) + tables[bottom, right].take(grey) * b
+        out[rows, columns] = np.rint(upper * (1 - a) + lower * a)
+    return out
 
 
-def _npy_header(file):
-    """(K, H, W) of an open .npy file, K = 1 for (H, W). Maps nothing, for a data set may have a million files."""
-    try:
-        version = np.lib.format.read_magic(file)[0]
-        read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version]
-        shape, _, dtype = read_header(file)
-        shape = tuple(map(int, shape))                      # True is a number, too
-    except Exception as error:                              # the header is text that a parser of Python reads
-        raise ValueError('not a .npy file of numbers; expected an array saved by numpy.save') from error
-    if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind not in 'uifb' or shape[-1] <= 4:
-        raise ValueError(f'an array of shape {shape} and type {dtype}; expected numbers (H, W) or (K, H, W)')
-    _check_size(*shape[-2:])
-    if os.fstat(file.fileno()).st_size < file.tell() + math.prod(shape) * dtype.itemsize:
-        raise ValueError(f'cut short: {os.fstat(file.fileno()).st_size} bytes for an array of shape {shape}')
-    return shape if len(shape) == 3 else (1, *shape)
+# ---- DICOM ---------------------------------------------------------------------------------------
+
+IMPLICIT, EXPLICIT, BIG, RLE = (UID(f'1.2.840.10008.1.2{end}') for end in ('', '.1', '.2', '.5'))
+UNCOMPRESSED = {(True, True): IMPLICIT, (False, True): EXPLICIT, (False, False): BIG}
+DEFLATED, INFLATED = b'1.2.840.10008.1.2.1.99', b'1.2.840.10008.1.2.1\0\0\0'
+# Marker before a stream's size -> 1.2.840.10008.1.2.4.x: three kinds of JPEG, JPEG-LS, JPEG 2000
+STREAMS = {0xC0: 50, 0xC1: 51, 0xC3: 70, 0xF7: 80, 0x51: 90}
 
 
-def _open_picture(path):
-    try:
-        image = Image.open(path)
-    except Image.UnidentifiedImageError as error:
-        raise ValueError('not an image; expected PNG, TIFF, PGM or JPEG') from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f'declares more pixels than {_limit()}') from error
-    _check_size(image.height, image.width)
-    return image
+def _read_dicom(file, ds, stored, frame, voi):
+    """-> values (H, W), padding bool (H, W) or None, whether to invert"""
+    meaning = ds.get('PhotometricInterpretation')
+    if ds.get('SamplesPerPixel', 1) == 1 and meaning not in ('MONOCHROME1', 'MONOCHROME2'):
+        raise Unreadable('neither MONOCHROME1 nor MONOCHROME2, so its values are not greys')
+    pixels = _grey(_decode(file, ds, stored, frame))
+    # JPEG 2000 keeps what lies above the stored bits: an overlay if a group 60xx says so, or if no value comes
+    # close to the limit from below, as greys do where too few bits are declared (BCS-DBT).
+    limit = 1 << ds.BitsStored
+    if pixels.max() >= limit:
+        near = (pixels >= limit - limit // 16) & (pixels < limit)
+        places = [ds.get((group, 0x0102)) for group in range(0x6000, 0x6020, 2)]    # OverlayBitPosition
+        if not near.any() or any(place and place.value >= ds.BitsStored for place in places):
+            spare = 8 * pixels.itemsize - ds.BitsStored
+            pixels = pixels << spare >> spare               # carries the sign on
+    # Enhanced files keep rescale and window in groups, shared or per frame, instead of the root.
+    for group in [*ds.get('SharedFunctionalGroupsSequence', [])[:1],
+                  *ds.get('PerFrameFunctionalGroupsSequence', [])[frame:frame + 1]]:
+        for name in ('PixelValueTransformationSequence', 'FrameVOILUTSequence'):
+            for item in group.get(name, [])[:1]:
+                ds.update(item)
+    # MONOCHROME1 shows low values bright. Of files FOR PROCESSING, some are MONOCHROME2 although sign +1 says
+    # that air, which stops no X-rays, has the high values. FOR PRESENTATION the sign describes the detector.
+    intent = ds.get('PresentationIntentType') or ds.get('SOPClassUID', UID('')).name
+    exposure = intent.upper().endswith('FOR PROCESSING')
+    bright_air = exposure and ds.get('PixelIntensityRelationshipSign') == 1
+    padding, low, high = None, ds.get('PixelPaddingValue'), ds.get('PixelPaddingRangeLimit')
+    if low is not None:
+        ends = np.array([low, low if high is None else high])
+        kind = 'i2' if ds.PixelRepresentation else 'u2'     # some write -2000 as 63536
+        low, high = sorted(ends.astype(kind).tolist())
+        padding = (low <= pixels) & (pixels <= high)
+        padding = padding if padding.any() else None
+    return _values(ds, pixels, voi), padding, meaning == 'MONOCHROME1' or bright_air
 
 
-def _pages(image):
-    if image.format != 'TIFF':
-        return 1
-    for count in range(1, MAX_PAGES + 1):
-        try:
-            image.seek(count)
-        except EOFError:
-            image.seek(0)
-            return count
-    raise ValueError(f'has more than {MAX_PAGES} pages, the limit of mask.MAX_PAGES')
-
-
-def _read_picture(path, frame):
-    with _open_picture(path) as image:
-        _check_frame(frame, _pages(image))
-        image.seek(frame)
-        _check_size(image.height, image.width)
-        deep = image.mode.startswith(('I', 'F'))                                        # 16 or 32 bit grey
-        if not deep and ';16' in str(image.tile):
-            raise ValueError('16-bit colour, of which only 8 bits would be read; save it as 16-bit grey')
-        white_is_zero = deep and image.format == 'TIFF' and image.tag_v2.get(262) == 0  # Pillow mends 8 bit itself
-        if image.mode in ('1', 'LA', 'La'):
-            image = image.convert('L')
-        elif not deep and image.mode != 'L':                                            # RGB, palette, CMYK, alpha
-            image = image.convert('RGB')
-        return to_uint8(_grey(np.array(image)), invert=white_is_zero)
-
-
-# ---- DICOM --------------------------------------------------------------------------------------------------------
-
-GDCM = 'python-gdcm'
-OPTIONAL_DECODERS = {'1.2.840.10008.1.2.4.57': GDCM, '1.2.840.10008.1.2.4.70': GDCM,        # JPEG Lossless
-                     '1.2.840.10008.1.2.4.80': GDCM, '1.2.840.10008.1.2.4.81': GDCM,        # JPEG-LS
-                     **{f'1.2.840.10008.1.2.4.20{i}': 'pylibjpeg pylibjpeg-openjpeg' for i in (1, 2, 3)}}
-FRAME_HEADERS = {0xC0: '1.2.840.10008.1.2.4.50', 0xC1: '1.2.840.10008.1.2.4.51',         # JPEG baseline, extended
-                 0xC3: '1.2.840.10008.1.2.4.70', 0xF7: '1.2.840.10008.1.2.4.80'}         # lossless, JPEG-LS
-UNCOMPRESSED = {(True, True): '1.2.840.10008.1.2', (False, True): '1.2.840.10008.1.2.1',       # implicit, little-endian
-                (False, False): '1.2.840.10008.1.2.2'}
-GROUPS = (b'\x02\x00', b'\x08\x00', b'\x00\x08')          # what a file without preamble begins with
-ITEM = b'\xfe\xff\x00\xe0'                                 # what encapsulated pixels begin with
-DEFLATED, EXPLICIT = b'1.2.840.10008.1.2.1.99', b'1.2.840.10008.1.2.1\0\0\0'
-RLE = '1.2.840.10008.1.2.5'
-
-
-def _starts_like_dicom(path):
-    try:
-        with open(path, 'rb') as file:
-            return os.path.isfile(path) and file.read(132)[128:] == b'DICM'
-    except OSError:
-        return False
-
-
-@contextlib.contextmanager
-def _quiet_header():
-    """The texts of header errors quote the header, a patient's name with it; only their kind is passed on."""
-    try:
-        yield
-    except pydicom.errors.InvalidDicomError:
-        raise ValueError('not a DICOM file (no DICM mark after 128 bytes)') from None
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f'the DICOM header is damaged ({type(error).__name__})') from None
-
-
-def _opened(path):
-    """The file; or, of a deflated one, what it unpacks to: a plain file in memory, of two bytes a pixel at most."""
-    file = open(path, 'rb')
-    head = file.read(4096)
-    mark = 132 if head[128:132] == b'DICM' else 0           # the file meta begins with its own length, in four bytes
-    start = mark + 12 + int.from_bytes(head[mark + 8:mark + 12], 'little')
-    if DEFLATED not in head[:start]:
-        file.seek(0)
-        return file
-    with file:
-        file.seek(start)
-        unpack = zlib.decompressobj(-zlib.MAX_WBITS)
-        data = unpack.decompress(file.read(), 2 * MAX_PIXELS)
-    if unpack.unconsumed_tail:
-        raise ValueError(f'unpacks to more than two bytes for each of {_limit()}')
-    return io.BytesIO(head[:start].replace(DEFLATED, EXPLICIT) + data)
-
-
-def _header(path):
-    """Everything before the pixels, where their element begins, and its first bytes."""
-    with _opened(path) as file, _quiet_header():
-        bare = file.read(2) in GROUPS
-        file.seek(0)
-        ds = pydicom.dcmread(file, stop_before_pixels=True, force=bare)
-        at, first = file.tell(), file.read(24)
-        ds.file_meta.TransferSyntaxUID = _syntax_of_elements(ds)
-        rows, columns, syntax = ds.get('Rows'), ds.get('Columns'), ds.file_meta.TransferSyntaxUID
-    if not rows or not columns or not syntax:
-        raise ValueError('a DICOM file without an image (no rows, columns or transfer syntax)')
-    _check_size(rows, columns)
-    return ds, at, first
-
-
-def _syntax_of_elements(ds):
-    """The transfer syntax as declared; of what is not compressed, or declares none, as the first element is written."""
-    declared, first = ds.file_meta.get('TransferSyntaxUID'), next(ds.elements(), None)
-    if declared and declared not in UNCOMPRESSED.values() or not isinstance(first, pydicom.dataelem.RawDataElement):
-        return declared
-    return pydicom.uid.UID(UNCOMPRESSED[first.is_implicit_VR, first.is_little_endian])
-
-
-def _dicom_frames(path, ds):
-    with _quiet_header():
-        count = int(ds.get('NumberOfFrames') or 1)
-    if not 1 <= count <= os.path.getsize(path):
-        raise ValueError(f'declares {count} frames in a file of {os.path.getsize(path)} bytes')
-    return count
-
-
-def _read_dicom(path, frame, voi):
-    ds, at, first = _header(path)
-    _check_frame(frame, _dicom_frames(path, ds))
-    pixels = _grey(_decode(path, ds, at, first, frame))
-    with _quiet_header():
-        _flatten_groups(ds, frame)
-        padding, inverted = _padding(ds, pixels), ds.PhotometricInterpretation == 'MONOCHROME1'
-        pixels = _rescale(ds, pixels)
-        if voi:
-            pixels = _window(ds, pixels)
-    return to_uint8(pixels, padding, inverted)
-
-
-def _decode(path, ds, at, first, frame):
-    """The stored values of one frame. Encapsulated pixels behind an uncompressed transfer syntax, as some Hologic
-    archives hold them, are decoded by what the stream itself says it is."""
-    syntax = ds.file_meta.TransferSyntaxUID
-    if ds.get('SamplesPerPixel', 1) == 1 and ds.get('PhotometricInterpretation') not in ('MONOCHROME1', 'MONOCHROME2'):
-        raise ValueError('neither MONOCHROME1 nor MONOCHROME2, so its values are not greys')
-    try:
-        if syntax.is_encapsulated or ITEM not in (first[8:12], first[12:16]):           # after tag, VR and length
-            with _opened(path) as file:
-                if syntax == RLE:
-                    _check_runs(file, at, ds, frame)
-                return pixel_array(file, index=frame, transfer_syntax_uid=syntax)
-        ds = pydicom.dcmread(path, force=True)
-        ds.file_meta.TransferSyntaxUID = syntax = _syntax_of_stream(ds.PixelData)
-        ds['PixelData'].is_undefined_length = True
-        return pixel_array(ds, index=frame)
-    except Exception as error:
-        reason = ' '.join(str(error).split())
-        if syntax in OPTIONAL_DECODERS and 'missing dependencies' in reason:
-            reason = f'needs a decoder: pip install {OPTIONAL_DECODERS[syntax]}'
-        elif 'cannot reshape' in reason or 'could not broadcast' in reason:
-            reason = f'they are not {ds.Columns}x{ds.Rows}; the file is cut short or its header is wrong'
-        elif '12-bit precision' in reason:
-            reason = 'no Python decoder reads its 12 bits; convert the file first, with dcmdjpeg of DCMTK for example'
-        raise ValueError(f'{syntax.name} pixels cannot be decoded: {reason}') from error
-
-
-def _check_runs(file, at, ds, frame):
-    """RLE grows up to 64-fold: its runs are counted before they are unpacked. One segment is one byte of each pixel."""
-    file.seek(at + 12)                                      # after tag, VR and length
-    data = get_frame(file, frame, number_of_frames=int(ds.get('NumberOfFrames') or 1))
-    file.seek(0)
-    count, *starts = struct.unpack('<16L', data[:64])
-    most = 2 * ds.Rows * ds.Columns                         # twice what is declared, for what pads the end
-    for start, end in itertools.pairwise([*starts[:count], len(data)]):
-        i, total, segment = 0, 0, data[start:end]
-        while i < len(segment) and total <= most:
-            n = segment[i]                                  # n + 1 bytes follow, or one that stands for 257 - n
-            total += n + 1 if n < 128 else 257 - n if n > 128 else 0
-            i += n + 2 if n < 128 else 2 if n > 128 else 1
-        if total > most:
-            raise ValueError('they unpack to more than the header declares')
-
-
-def _syntax_of_stream(data):
-    """The transfer syntax of encapsulated pixels, by the frame header of their first JPEG stream."""
-    at = data.find(b'\xff\xd8\xff', 0, 4096) + 2
-    if at == 1 and data.find(b'\xff\x4f\xff\x51', 0, 4096) >= 0:
-        return pydicom.uid.JPEG2000
-    while 1 < at < len(data) - 3 and data[at] == 0xFF and data[at + 1] != 0xDA:         # up to the start of scan
-        if data[at + 1] in FRAME_HEADERS:
-            return pydicom.uid.UID(FRAME_HEADERS[data[at + 1]])
-        at += 2 + int.from_bytes(data[at + 2:at + 4], 'big')
-    raise ValueError('they are encapsulated while the header declares them uncompressed, and are of no known kind')
-
-
-def _padding(ds, pixels):
-    """bool (H, W), True where the stored value is PixelPaddingValue or in its range; None where nothing is."""
-    low, high = ds.get('PixelPaddingValue'), ds.get('PixelPaddingRangeLimit')
-    if low is None:
-        return None
-    kind = 'i2' if ds.PixelRepresentation else 'u2'                                     # some write -2000 as 63536
-    low, high = sorted(np.array([low, low if high is None else high]).astype(kind).tolist())
-    padding = (pixels >= low) & (pixels <= high)
-    return padding if padding.any() else None
-
-
-def _rescale(ds, pixels):
-    """The modality LUT, or slope and intercept. The stretch undoes both, but for the sign and for a window."""
-    if ds.get('ModalityLUTSequence'):
-        return _look_up(ds.ModalityLUTSequence[0], pixels)
+def _values(ds, pixels, voi):
+    """Stored values -> modality LUT, or slope and intercept -> with `voi`, the first VOI LUT or window."""
     slope, intercept = float(ds.get('RescaleSlope') or 1), float(ds.get('RescaleIntercept') or 0)
-    return pixels if (slope, intercept) == (1, 0) else pixels * slope + intercept
+    if ds.get('ModalityLUTSequence'):
+        pixels = _look_up(ds.ModalityLUTSequence[0], pixels)
+    elif (slope, intercept) != (1, 0):
+        pixels = pixels * slope + intercept
+    if voi and ds.get('VOILUTSequence') and 'LUTData' in ds.VOILUTSequence[0]:
+        return _look_up(ds.VOILUTSequence[0], pixels)
+    if voi and ds.get('WindowCenter') is not None and ds.get('WindowWidth') is not None:
+        ds.VOILUTFunction = ds.get('VOILUTFunction') or 'LINEAR'
+        for name in ('ModalityLUTSequence', 'RescaleSlope'):    # else pydicom's window falls with the slope
+            ds.pop(name, None)
+        return apply_windowing(pixels, ds)
+    return pixels
 
 
 def _look_up(item, values):
-    """A modality or VOI LUT, PS3.3 C.11.1.1: values before its first entry take that, values behind its last take that.
-
-    pydicom's own counts in the type of the pixels or of the entries, and wraps round where the table is the longer.
-    """
+    """A modality or VOI LUT (PS3.3 C.11.1.1); values outside of the table take its first or last entry.
+    pydicom's own counts in the type of the pixels, and wraps round where the table is longer."""
     (count, first, _), table = item.LUTDescriptor, item.LUTData
     if isinstance(table, bytes):
         table = np.frombuffer(table, '<u2' if item.original_encoding[1] else '>u2')
-    table = np.asarray(table)[:count or 65536]
-    return table[(values.astype(np.int64) - first).clip(0, len(table) - 1)]
+    count, table = count or 65536, np.atleast_1d(table)
+    if len(table) == (count + 1) // 2 < count:              # bytes, two to a word, the low one first
+        table = table.astype('<u2').view(np.uint8)
+    return table[:count][(values.astype(np.int64) - first).clip(0, min(count, len(table)) - 1)]
 
 
-def _window(ds, x):
-    """The first VOI LUT, else the first window to 0..1 (PS3.3 C.11.2.1), else the values as they are.
-
-    pydicom's own window falls where the slope of the rescale does.
-    """
-    if ds.get('VOILUTSequence') and 'LUTData' in ds.VOILUTSequence[0]:
-        return _look_up(ds.VOILUTSequence[0], x)
-    if ds.get('WindowCenter') is None or ds.get('WindowWidth') is None:
-        return x
-    center, width = (float(np.ravel(ds[name].value)[0]) for name in ('WindowCenter', 'WindowWidth'))
-    function = (ds.get('VOILUTFunction') or 'LINEAR').upper()
-    if function == 'LINEAR':
-        center, width = center - 0.5, width - 1
-    if function not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID') or width < 0:
-        raise ValueError('no window')
-    width = max(width, 1e-9)                                # a threshold
-    if function == 'SIGMOID':
-        return 1 / (1 + np.exp(-4 * (x - center) / width))
-    return ((x - center) / width + 0.5).clip(0, 1)
-
-
-def _flatten_groups(ds, frame):
-    """Enhanced multi-frame files keep rescale and window in groups, shared or per frame; put them into the root."""
-    groups = list(ds.get('SharedFunctionalGroupsSequence', []))[:1] \
-        + list(ds.get('PerFrameFunctionalGroupsSequence', []))[frame:frame + 1]
-    for group in groups:
-        for name in ('PixelValueTransformationSequence', 'FrameVOILUTSequence'):
-            for item in list(group.get(name, []))[:1]:
-                ds.update(item)
+def _header(file):
+    """-> the file, where its pixels begin, and the header, with the transfer syntax put right"""
+    head = file.read(4096)
+    meta = 132 if head[128:132] == b'DICM' else 0           # the file meta begins with its length
+    start = meta + 12 + int.from_bytes(head[meta + 8:meta + 12], 'little')
+    file.seek(0)
+    if DEFLATED in head[:start]:                            # two bytes a pixel are enough for a mammogram
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read()[start:], 2 * MAX_PIXELS)
+        file = io.BytesIO(head[:start].replace(DEFLATED, INFLATED) + data)
+    ds = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+    # Without compression, how the first element is written counts, not what is declared.
+    syntax, first = ds.file_meta.get('TransferSyntaxUID'), next(ds.elements(), None)
+    if syntax in (None, *UNCOMPRESSED.values()) and hasattr(first, 'is_implicit_VR'):
+        syntax = UNCOMPRESSED[first.is_implicit_VR, first.is_little_endian]
+    if not syntax or not ds.get('Rows') or not ds.get('Columns'):
+        raise Unreadable('a DICOM file without an image')
+    ds.file_meta.TransferSyntaxUID = syntax
+    return file, ds
 
 
-def _check_uint8(image):
-    if image.dtype != np.uint8 or image.ndim != 2:
-        raise ValueError(f'an image of shape {image.shape} and type {image.dtype}; '
-                         'expected (H, W) uint8, as `read` gives')
+def _stored_frames(file, ds):
+    """Where the frames lie: range(K) of uncompressed ones, else the fragments of each, [(start, length)].
+    NumberOfFrames can be missing over a volume, or promise one over an image: it must agree."""
+    syntax, fragments, stored = ds.file_meta.TransferSyntaxUID, [], []
+    head = file.read(8 if syntax == IMPLICIT else 12)       # tag, kind of value where explicit, length
+    if head[:4] not in (b'\xe0\x7f\x10\0', b'\x7f\xe0\0\x10'):
+        raise Unreadable('a DICOM file without an image: no pixel data')
+    start, size = file.tell(), file.seek(0, os.SEEK_END)
+    file.seek(start)
+    while (item := file.read(8))[:4] == b'\xfe\xff\0\xe0' and len(item) == 8:          # PS3.5 A.4
+        at, length = file.tell(), int.from_bytes(item[4:], 'little')
+        fragments.append((at, min(length, size - at), file.read(3)))
+        file.seek(at + length)
+    # The first item is a table of offsets, often empty or wrong. But frames begin alike: with the marker of a
+    # JPEG stream, or the number of RLE segments.
+    for at, length, begin in fragments[1:]:
+        if begin == fragments[1][2]:
+            stored.append([])
+        stored[-1].append((at, length))
+    if not fragments and syntax in UNCOMPRESSED.values():
+        length = int.from_bytes(head[-4:], 'little' if head[0] == 0xE0 else 'big')
+        bits = ds.Rows * ds.Columns * ds.get('SamplesPerPixel', 1) * ds.BitsAllocated
+        stored = range(8 * min(length, size - start) // bits)
+    count = int(ds.get('NumberOfFrames') or 1)
+    if count != len(stored):
+        raise Unreadable(f"declares {count} frame{'s' * (count != 1)}, holds {len(stored)}; "
+                         'cut short, or its header is wrong')
+    return stored
+
+
+def _decode(file, ds, stored, frame):
+    """Stored values (H, W) or (H, W, 3) of one frame. What is compressed is decoded as what its stream is:
+    some archives declare another compression, or none (Hologic)."""
+    syntax = ds.file_meta.TransferSyntaxUID
+    if isinstance(stored, range):
+        file.seek(0)
+        return pixel_array(file, index=frame, transfer_syntax_uid=syntax)
+    data = b''
+    for start, length in stored[frame]:
+        file.seek(start)
+        data += file.read(length)
+    if syntax != RLE or data[:1] == b'\xff':
+        ds.file_meta.TransferSyntaxUID = _stream_syntax(data, ds)
+    elif data[0] != ds.get('SamplesPerPixel', 1) * ds.BitsAllocated // 8:
+        raise Unreadable(f'{data[0]} RLE segments, unlike its header')      # one for each byte of a pixel
+    ds.PixelData = pydicom.encaps.encapsulate([data])
+    ds['PixelData'].is_undefined_length = True
+    ds['PixelData'].VR, ds.NumberOfFrames = 'OB' if ds.BitsAllocated <= 8 else 'OW', 1
+    ds.pop('ExtendedOffsetTable', None)                     # of the frames in the file
+    return pixel_array(ds)
+
+
+def _stream_syntax(data, ds):
+    """The transfer syntax of a JPEG or JPEG 2000 stream. Its size must be the header's, for a decoder
+    allocates what the stream declares."""
+    begin = re.search(rb'\xff\xd8\xff|\xff\x4f\xff\x51', data[:4096])
+    at = begin.start() + 2 if begin else len(data)
+    while data[at:at + 1] == b'\xff' and data[at + 1] not in STREAMS:
+        at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2:at + 4], 'big')
+    if data[at:at + 1] != b'\xff':
+        raise Unreadable('its pixels are compressed, but are not JPEG, JPEG-LS, JPEG 2000 or RLE')
+    marker, bits = data[at + 1], None
+    if marker == 0x51:
+        W, H, left, top, samples = struct.unpack_from('>4L16xH', data, at + 6)
+        H, W = H - top, W - left
+    else:
+        bits, H, W, samples = struct.unpack_from('>BHHB', data, at + 4)
+    declared, syntax = ds.file_meta.TransferSyntaxUID, UID(f'1.2.840.10008.1.2.4.{STREAMS[marker]}')
+    if htj2k := marker == 0x51 and '.4.20' in declared:     # begins like other JPEG 2000
+        syntax = declared
+    if not get_decoder(syntax).is_available:
+        package = 'pylibjpeg pylibjpeg-openjpeg' if htj2k else 'python-gdcm'
+        raise Unreadable(f'{syntax.name} needs a decoder: pip install {package}')
+    if bits == 12 and marker in (0xC0, 0xC1):
+        raise Unreadable(f'{syntax.name}: no Python decoder reads its 12 bits; '
+                         'convert the file first, with dcmdjpeg of DCMTK for example')
+    if (H, W, samples) != (ds.Rows, ds.Columns, ds.get('SamplesPerPixel', 1)):
+        raise Unreadable(f'a stream of {W}x{H} pixels, {samples} channel(s), unlike its header')
+    return syntax

@@ -1,185 +1,140 @@
-"""The breast-tissue mask (MammoDINO, arXiv 2510.11883, 2.2).
+"""The breast-tissue mask M (MammoDINO, arXiv 2510.11883, 2.2): which pixels of a mammogram are breast.
 
-    tissue(image)      ->  bool (H, W)       the mask M that crops and patch masks are drawn from
+Crops and patch masks are drawn where it is True. H W are pixels.
+Copy this file alone; it imports nothing of this repository (only its demonstration does).
 
-Copy this file alone; it imports nothing of this repository.
-
-    $ python mask.py                                      # a phantom: the mask against the truth
-    $ python mask.py FILE [OUT.png]                       # any image: the mask drawn over it, and its share
+    $ python mask.py                        # a phantom: the mask against the truth
+    $ python mask.py FILE [OUT.png]         # any image: the mask drawn over it, and its share of the image
 """
-import argparse
 import sys
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-
-# ---- breast tissue ------------------------------------------------------------------------------------------------
-
-COARSE = 192                        # pixels that the shorter side keeps, if it has them, for the self-tuning mask
-
+# ---- the mask (2.2) -------------------------------------------------------------------------------
 
 def tissue(image, percentile=40, kernel=9):
-    """The breast-tissue mask M, uint8 (H, W) -> bool (H, W) (MammoDINO 2.2).
+    """The breast-tissue mask M of a uint8 image, bool (H, W).
 
-        theta = percentile(x, tau),   M0 = 1[x > theta],   M = opening(closing(M0)), kernel x kernel
+        theta = percentile(x, tau),   M0 = 1[x > theta],   M = opening(closing(M0))
 
-    Min-max normalization keeps the order of pixels, so theta is taken on the grey levels themselves. The paper does
-    not give tau. 40 fits best among real films, but any percentile gives every breast the same area, so pretrain.py
-    asks for percentile=None, a mask that tunes itself:
+    Closing and opening use a square of kernel x kernel pixels. The paper normalizes x to [0, 1] first,
+    which keeps the order of the pixels, so the threshold can be taken on the grey levels themselves.
 
-        1. means of f x f pixels that leave the shorter side at 192 or more: outlines need no more, and 8 megapixels
-           would take longer than all other sampling
-        2. theta a quarter of the way from the air to Otsu's threshold (`_above_air`)
-        3. closing and opening with kernel / f, three at least
-        4. opening with a sixteenth of the shorter side, which cuts film edges and frames off the breast
-        5. the largest piece, widened by half of that within step 3, which gives its outline back
-        6. holes filled
+    The paper does not give tau. A percentile gives every breast the same share of its image, while real
+    shares differ threefold, so pretrain.py asks for `percentile=None`, the `self_tuning` mask.
+    Raises ValueError for an image that is not 8-bit grey, an even kernel, a percentile outside 0..100.
     """
-    _check_uint8(image)
-    if percentile is not None and not 0 <= percentile <= 100:
-        raise ValueError(f'percentile {percentile}: expected 0..100, or None')
-    _check_kernel(kernel)
-    if percentile is not None:
-        theta = _percentile(_histogram(image), percentile)
-        return opening(closing(image > int(theta), kernel), kernel)                     # greys are whole numbers
-    (H, W), f = image.shape, max(1, min(image.shape) // COARSE)
-    image, kernel = np.asarray(Image.fromarray(image).reduce(f)), max(min(3, kernel), kernel // f | 1)     # odd
-    mask = opening(closing(image > int(_above_air(image)), kernel), kernel)
-    wide = max(kernel, min(image.shape) // 16 | 1)
-    core = _largest(opening(mask, wide))
-    mask = _fill_holes(_largest(mask & dilation(core, wide)))
-    return mask.repeat(f, axis=1).repeat(f, axis=0)[:H, :W]
-
-
-def _check_uint8(image):
     if image.dtype != np.uint8 or image.ndim != 2:
-        raise ValueError(f'an image of shape {image.shape} and type {image.dtype}; '
-                         'expected (H, W) uint8, as `read` gives')
-
-
-def _check_kernel(kernel):
+        raise ValueError(f'{image.dtype} of shape {image.shape}; expected a uint8 image (H, W)')
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f'kernel {kernel}: expected an odd number of pixels')
+    if percentile is None:
+        return self_tuning(image, kernel)
+    theta = np.percentile(image, percentile)
+    return opening(closing(image > theta, kernel), kernel)
+
+
+def self_tuning(image, kernel=9):
+    """The same mask with a threshold that follows the image. This is our choice, not the paper's."""
+    # 1. Average f x f pixels, to a shorter side of 192 or more: outlines need no more detail.
+    H, W = image.shape
+    f = max(1, min(H, W) // 192)
+    image = np.asarray(Image.fromarray(image).reduce(f))
+
+    # 2. Threshold a quarter of the way from the air (10th percentile of Otsu's dark class) to Otsu's
+    #    threshold. The air is not always 0: film has a grey base, and CLAHE amplifies its noise.
+    split = otsu(image)
+    air = np.percentile(image[image <= split], 10)
+    mask = image > int(air + (split - air) / 4)
+
+    # 3. Close and open as the paper does, with a kernel that is f times smaller but at least 3.
+    kernel = max(min(3, kernel), kernel // f | 1)                   # | 1 makes it odd
+    mask = opening(closing(mask, kernel), kernel)
+
+    # 4. Open with a sixteenth of the shorter side: labels and film edges come off the breast.
+    wide = max(kernel, min(image.shape) // 16 | 1)
+    core = largest_piece(opening(mask, wide))
+
+    # 5. That rounded the outline; grow the largest piece again, within the mask of step 3.
+    mask = largest_piece(mask & dilation(core, wide))
+
+    # 6. Fill holes, such as dark fat, and return to the full size.
+    mask = ndimage.binary_fill_holes(mask)
+    return mask.repeat(f, axis=0).repeat(f, axis=1)[:H, :W]
 
 
 def otsu(image):
-    """The grey level that best splits a uint8 image into two classes (Otsu 1979): dark is <= it. It maximises the
-    variance between them, (mu omega - m)^2 / (omega (1 - omega)), omega and m share and first moment of the dark, mu
-    the mean."""
-    share = _histogram(image) / image.size
-    weight, mean = share.cumsum(), (share * np.arange(256)).cumsum()
-    with np.errstate(divide='ignore', invalid='ignore'):
-        between = (mean[-1] * weight - mean) ** 2 / (weight * (1 - weight))
-    return int(np.nanargmax(np.where(weight < 1, between, np.nan))) if np.ptp(image) else int(image.flat[0])
+    """The grey level t that best separates dark (x <= t) from bright pixels (Otsu 1979): it maximises the
+    variance between them, (mu omega - m)^2 / (omega (1 - omega)), where omega is the share of dark
+    pixels, m their first moment and mu the mean of the image."""
+    share = np.bincount(image.ravel(), minlength=256) / image.size
+    omega, m = share.cumsum(), (share * np.arange(256)).cumsum()    # (256,) each, one entry for every t
+    variance = np.zeros(256)
+    both = (omega > 0) & (omega < 1)                                # neither class is empty
+    variance[both] = (m[-1] * omega[both] - m[both]) ** 2 / (omega[both] * (1 - omega[both]))
+    return int(variance.argmax()) if both.any() else int(image.flat[0])
 
 
-def _above_air(image):
-    """A quarter of the way from the air, the tenth percentile of what Otsu calls dark, to Otsu's threshold. Air is
-    not always 0: the base of a film is grey, and CLAHE lifts its noise."""
-    split, histogram = otsu(image), _histogram(image)
-    air = _percentile(histogram[:split + 1], 10)
-    return air + (split - air) / 4
+def overlay(image, tissue):
+    """The outline of the mask in yellow over the image, uint8 (H, W, 3)."""
+    picture = np.repeat(image[..., None], 3, axis=-1)
+    width = max(3, min(image.shape) // 200 | 1)
+    picture[dilation(tissue, width) & ~erosion(tissue, width)] = (255, 200, 0)
+    return picture
 
 
-def _percentile(histogram, q):
-    """np.percentile of uint8 pixels, from their histogram."""
-    cumulative = histogram.cumsum()
-    rank = q / 100 * (cumulative[-1] - 1)
-    low, high = np.searchsorted(cumulative, [np.floor(rank), np.ceil(rank)], side='right')
-    return low + (high - low) * (rank % 1)
-
+# ---- morphology -----------------------------------------------------------------------------------
 
 def closing(mask, kernel):
-    """Gaps narrower than kernel x kernel are closed. bool (H, W) -> bool (H, W), as OpenCV's morphologyEx."""
+    """Fills gaps narrower than kernel x kernel, as OpenCV's morphologyEx does."""
     return erosion(dilation(mask, kernel), kernel)
 
 
 def opening(mask, kernel):
-    """Pieces narrower than kernel x kernel are dropped. bool (H, W) -> bool (H, W), as OpenCV's morphologyEx."""
+    """Removes pieces narrower than kernel x kernel, as OpenCV's morphologyEx does."""
     return dilation(erosion(mask, kernel), kernel)
 
 
+def dilation(mask, kernel):
+    """True where any pixel of the window around it is. Equals ndimage.binary_dilation with a square of
+    ones, in a fraction of its time: OR with itself, shifted by `span`, doubles the rows of a window."""
+    for _ in range(2):                                              # rows, then columns
+        window, span = np.pad(mask, ((kernel // 2,) * 2, (0, 0))), 1
+        while span < kernel:
+            step = min(span, kernel - span)
+            window, span = window[:-step] | window[step:], span + step
+        mask = window.T
+    return mask
+
+
 def erosion(mask, kernel):
-    """True where the whole window is. The border of the image eats no tissue: what lies outside counts as True."""
+    """True where the whole window is. Pixels outside the image count as True: the border erodes nothing."""
     return ~dilation(~mask, kernel)
 
 
-def dilation(mask, kernel):
-    """True where anything in the kernel x kernel window around the pixel is; outside the image nothing is.
-
-    ndimage.binary_dilation(mask, np.ones((kernel, kernel))), some ninety times as fast, since 64 pixels of a row are
-    one machine word: pixel x is bit x % 64 of word x // 64. OR with itself, moved by `step`, widens the window that
-    starts at each pixel from `span` to span + step; at the end it is moved back by half a kernel to be centred.
-    """
-    _check_kernel(kernel)
-    if mask.dtype != bool:
-        raise ValueError(f'a mask of type {mask.dtype}; expected bool')
-    W, half = mask.shape[1], kernel // 2
-    words, bits = divmod(half, 64)
-    packed = np.packbits(mask, axis=1, bitorder='little')                               # (H, ceil(W / 8)) bytes
-    packed = np.pad(packed, ((half, half), (8 * words + 8, 16 - packed.shape[1] % 8)))  # air all around
-    window, span = np.ascontiguousarray(packed).view(np.uint64), 1
-    while span < kernel:
-        step = min(span, kernel - span, 63)                 # below 64: from this word and the next
-        window = window[:-step] | window[step:]
-        window[:, :-1] |= window[:, :-1] >> step | window[:, 1:] << 64 - step
-        span += step
-    centred = window[:, 1:-1] << bits | window[:, :-2] >> 64 - bits
-    return np.unpackbits(centred.view(np.uint8), axis=1, count=W, bitorder='little').view(bool)
-
-
-def _largest(mask):
+def largest_piece(mask):
     labels, count = ndimage.label(mask)
-    return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else mask
-
-
-def _fill_holes(mask):
-    """Adds every piece of background that does not reach the border."""
-    labels, count = ndimage.label(~mask)
-    hole = np.ones(count + 1, bool)
-    hole[[0, *labels[0], *labels[-1], *labels[:, 0], *labels[:, -1]]] = False
-    return mask | hole[labels]
-
-
-def overlay(image, tissue):
-    """The outline of the mask in yellow over the image: uint8 (H, W, 3)."""
-    picture = np.repeat(image[..., None], 3, axis=-1)
-    edge = max(3, min(image.shape) // 200 | 1)
-    picture[dilation(tissue, edge) & ~erosion(tissue, edge)] = (255, 200, 0)
-    return picture
-
-
-def _histogram(image):
-    return np.array(Image.fromarray(image).histogram())
-
-
-def _main(arguments):
-    from images import clahe, frames, read, to_uint8
-    from phantom import breast
-    parser = argparse.ArgumentParser(usage='mask.py [FILE] [OUT.png]')
-    parser.add_argument('file', nargs='?', help='an image; without one, a phantom')
-    parser.add_argument('out', nargs='?', default='tissue.png', help='the picture to write')
-    args = parser.parse_args(arguments)
-    if args.file:
-        count = frames(args.file)
-        image = read(args.file, count // 2)
-        image = image if args.file.lower().endswith('.npy') else clahe(image)
-        mask = tissue(image, percentile=None)
-        print(f'{args.file}: {image.shape[1]}x{image.shape[0]}, {count} frame(s), tissue {mask.mean():.1%}')
-    else:
-        example = breast(np.random.default_rng(0), width=288)
-        image, truth = clahe(to_uint8(example.volume[0])), example.tissue
-        mask = tissue(image, percentile=None)
-        for name, m in [('self-tuning', mask), ('percentile 40', tissue(image))]:
-            print(f'{name:14s} overlap with the true mask {(m & truth).sum() / (m | truth).sum():.3f}')
-    Image.fromarray(overlay(image, mask)).save(args.out)
-    print(f'-> {args.out}')
+    return labels == 1 + np.bincount(labels.ravel())[1:].argmax() if count else mask    # 0 is background
 
 
 if __name__ == '__main__':
+    import images
+    import phantom
+    if {'-h', '--help'} & {*sys.argv}:
+        sys.exit(print(__doc__))
+    path, out = (sys.argv[1:] + [None, None])[:2]
     try:
-        _main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f'mask.py: {error}')
+        if path:
+            image = images.read(path, images.frames(path) // 2)     # of a volume the middle slice
+            image = image if path.endswith('.npy') else images.clahe(image)
+        else:
+            example = phantom.breast(np.random.default_rng(0), width=288)
+            image, truth = images.clahe(images.to_uint8(example.volume[0])), example.tissue
+            for name, m in (('self-tuning', tissue(image, None)), ('percentile 40', tissue(image))):
+                print(f'{name:13}  IoU with the truth {(m & truth).sum() / (m | truth).sum():.3f}')
+        Image.fromarray(overlay(image, tissue(image, None))).save(out or 'tissue.png')
+        print(f"tissue is {tissue(image, None).mean():.1%} of the image -> {out or 'tissue.png'}")
+    except (ValueError, OSError) as problem:
+        sys.exit(f'mask.py: {problem}')

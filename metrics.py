@@ -41,3 +41,12 @@ def mcnemar(a, b):
     if first + second < 25:
         return float(min(1.0, 2 * stats.binom.cdf(min(first, second), first + second, 0.5)))
     return float(stats.chi2.sf((abs(first - second) - 1) ** 2 / (first + second), 1))
+
+
+def effective_rank(x):
+    """RankMe: exp of the entropy of the singular values of the rows (n, D), normalised to sum 1. They are the
+    roots of the eigenvalues of the smaller Gram matrix."""
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    values = np.sqrt(np.linalg.eigvalsh(gram.astype(np.float64)).clip(0))
+    share = values / max(values.sum(), 1e-12)
+    return float(np.exp(-(share * np.log(share.clip(1e-12))).sum()))

@@ -1,13 +1,18 @@
-"""What every script does around its method: flags from a dataclass, ranks, checkpoints.
+"""What every script does around its method: flags, ranks, an output folder, checkpoints, errors.
+
+    cfg = parse(Config, argv, DEMO)                 a dataclass of `option`s becomes a command line
+    rank, ranks, device = setup()                   under torchrun, or plain python
+    held = lock(out)                                one run per folder
+    save(out / 'last.pt', state)                    whole or not at all
+    script('pretrain.py', main)                     what a user can mend ends in one sentence
 
 Copy this file alone; it imports nothing of this repository.
 """
 import argparse
-import contextlib
 import math
 import os
-import subprocess
 import sys
+import traceback
 from dataclasses import field, fields
 from datetime import timedelta
 from functools import partial
@@ -19,96 +24,127 @@ import torch.distributed as dist
 
 
 def option(default, source, text, group=None):
-    """A field that is a flag. `group` opens a section of --help."""
+    """A dataclass field that is a flag. `source`: whose value it is; `group`: opens a section of --help."""
     return field(default=default, metadata=dict(source=source, help=text, group=group))
 
 
 def parse(config, argv, demo=None, source='data'):
-    """Flags -> config. `demo` replaces the defaults where the flag `source`, which names the data, is not given."""
+    """Flags -> an object of the dataclass `config`. A flag that is given wins over every default.
+
+    `demo` replaces the defaults when the flag `source`, which names the data, is not given. It may also be
+    a function of the given flags that returns the defaults to replace.
+    """
     parser = group = argparse.ArgumentParser(
         usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
         description=sys.modules[config.__module__].__doc__, epilog=cleandoc(config.__doc__),
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=118))
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30))
     for f in fields(config):
         if f.metadata['group']:
             group = parser.add_argument_group(f.metadata['group'])
-        several = isinstance(f.default, tuple)
-        shown = ' '.join(map(str, f.default)) if several else '' if f.default is None else str(f.default)
-        text = f"{f.metadata['help']} [{f.metadata['source']}]{shown and f' (default: {shown})'}".replace('%', '%%')
-        kind = next((t for t in (bool, int, float) if t.__name__ in str(f.type)), str)
-        if kind is bool:
+        several, kind = isinstance(f.default, tuple), str(f.type)
+        value = ' '.join(map(str, f.default)) if several else f.default
+        text = f"{f.metadata['help']} [{f.metadata['source']}]".replace('%', '%%')
+        text += '' if value is None else f' (default: {value})'
+        if 'bool' in kind:
             group.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
         else:
-            many = '+' if '...' in str(f.type) else len(f.default) if several else None
-            group.add_argument(f'--{f.name}', type=kind, nargs=many, help=text,
-                               metavar={int: 'N', float: 'X', str: 'S'}[kind])
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    return config(**({} if source in given else demo or {}) | given)
+            number = next((t for t in (int, float) if t.__name__ in kind), str)
+            count = '+' if '...' in kind else len(f.default) if several else None
+            group.add_argument(f'--{f.name}', type=number, nargs=count, help=text,
+                               metavar={int: 'N', float: 'X', str: 'S'}[number])
+    given = vars(parser.parse_args(argv))
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    defaults = demo(given) if callable(demo) else {} if source in given else demo or {}
+    return config(**defaults | given)
 
 
 def setup():
-    """-> rank, ranks, device. There is always a process group: NCCL or gloo under torchrun, one of one without."""
-    cuda = torch.cuda.is_available()
-    backend = 'nccl' if cuda else 'gloo'
-    if 'RANK' in os.environ:
-        device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if cuda else torch.device('cpu')
-        if cuda:
-            torch.cuda.set_device(device)
-        patience = timedelta(hours=6)                       # rank 0 reads a million headers
+    """-> rank, ranks, device. There is always a process group; plain python makes one of one process."""
+    cuda, env, patience = torch.cuda.is_available(), os.environ, timedelta(minutes=45)
+    local_rank, local_ranks = int(env.get('LOCAL_RANK', 0)), int(env.get('LOCAL_WORLD_SIZE', 1))
+    if cuda and local_ranks > torch.cuda.device_count():
+        raise ValueError(f'{local_ranks} ranks on {torch.cuda.device_count()} GPUs; lower '
+                         '--nproc-per-node')
+    device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')      # TF32: changes a p at tau = 0.04 by less than 0.4 %
+    if 'RANK' in env:
         store, rank, ranks = next(dist.rendezvous('env://', timeout=patience))
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT') if os.environ.get('GROUP_WORLD_SIZE') == '1' else None
-        store = dist.PrefixStore(attempt or '0', store)     # torchrun's still holds the addresses of ranks that died
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
+        # torchrun's store survives a restart and still holds the addresses of ranks that are gone, so every
+        # attempt gets its own prefix. Nodes count their attempts apart: this works on one node only.
+        attempt = env.get('TORCHELASTIC_RESTART_COUNT', '0')
+        store = dist.PrefixStore(attempt if env.get('GROUP_WORLD_SIZE') == '1' else '0', store)
     else:
-        device = torch.device('cuda' if cuda else 'cpu')
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return dist.get_rank(), dist.get_world_size(), device
+        store, rank, ranks = dist.HashStore(), 0, 1
+    dist.init_process_group('nccl' if cuda else 'gloo', store=store, rank=rank, world_size=ranks,
+                            timeout=patience, device_id=device if cuda else None)
+    return rank, ranks, device
+
+
+def cosine(step, steps, peak, end, warmup=0):
+    """DINOv2's schedule: linear from 0 to `peak` over `warmup` steps, then half a cosine to `end`."""
+    if step < warmup:
+        return peak * step / max(warmup - 1, 1)
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def lock(folder):
+    """Keeps other processes out of a folder until the returned file is closed or this process ends.
+    Raises ValueError where another process holds it."""
+    file = open(Path(folder) / '.lock', 'w')
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f'{folder}: another process writes there; choose another folder') from None
+    except (ImportError, OSError):                          # Windows and some network disks have no locks
+        pass
+    return file
 
 
 def save(path, state):
-    """Written beside its place, to the disk, and moved there whole: a crash, a power cut or a full disk leaves the
-    checkpoint before it."""
+    """Writes a checkpoint beside its place, to the disk, then moves it there: a crash, a power cut or a
+    full disk leaves the one before. Raises OSError."""
     part = Path(f'{path}.part')
     try:
         torch.save(state, part)
         with open(part, 'rb+') as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException as problem:
+    except (OSError, RuntimeError) as problem:              # torch.save wraps the system's errors
         part.unlink(missing_ok=True)
-        if not isinstance(problem, (OSError, RuntimeError)):
-            raise
-        raise OSError(f'{path} cannot be written ({problem}); is the disk full, or not yours?') from problem
+        raise OSError(f'{path} cannot be written ({problem}); is the disk full?') from problem
 
 
-def cosine(step, steps, start, end, warmup=0):
-    """Linear from 0 over `warmup` steps, then half a cosine from start to end (DINOv2, per step)."""
-    if step < warmup:
-        return start * step / max(warmup - 1, 1)
-    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+ADVICE = {                  # words of an error -> what to do about it
+    'shared memory': '/dev/shm is full; enlarge it (docker --shm-size), or lower --workers',
+    'DataLoader timed out': 'no data came for a long time; is the storage there?',
+    'DataLoader worker': 'a data worker died, probably out of memory; lower --workers',
+    'gloo': 'another rank has ended; its own message is above or below',
+    'NCCL': 'another rank has ended; its own message is above or below'}
 
 
-def commit():
-    """The commit of this file's repository; None outside one."""
+def script(name, entry):
+    """Runs entry(argv) and ends the process. What a user can mend becomes one sentence and status 1; a
+    programming error keeps its traceback."""
+    wrong = None
     try:
-        return subprocess.run(['git', '-C', Path(__file__).resolve().parent, 'rev-parse', 'HEAD'], capture_output=True,
-                              text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def claim(folder):
-    """An open file that keeps others out of the folder until it is closed or the process ends, however it ends.
-    ValueError where another process holds it."""
-    file = open(Path(folder) / '.lock', 'w')
-    with contextlib.suppress(ImportError):                  # Windows has none
-        from fcntl import LOCK_EX, LOCK_NB, lockf
-        try:
-            lockf(file, LOCK_EX | LOCK_NB)                  # of this process alone: data workers do not inherit it
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f'{folder}: another process is writing there; wait for it, or choose another folder') \
-                from None
-        except OSError:                                     # a file system without locks
-            pass
-    return file
+        entry(sys.argv[1:])
+    except KeyboardInterrupt:
+        wrong = 'stopped'
+    except (ValueError, OSError) as problem:                # a data worker puts a traceback before the reason
+        wrong = str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')
+    except Exception as problem:
+        wrong = next((advice for words, advice in ADVICE.items() if words in str(problem)), None)
+        if isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
+            wrong = 'out of memory; lower the batch that a rank holds at once'
+        if wrong is None:
+            traceback.print_exc()
+            wrong = 'stopped by the error above'
+    if wrong:
+        print(f'{name}: {wrong}', file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(bool(wrong))       # data workers ignore signals, gloo's threads may abort: wait for neither

@@ -1,19 +1,18 @@
-"""Breast-tissue-aware sampling: views for DINO-M, patch masks for iBOT-M, slice pairs for DINO-adj
-(MammoDINO, arXiv 2510.11883, 2.2, 2.3, 2.4).
+"""Breast-tissue-aware sampling: crops, patch masks, slice pairs (MammoDINO, arXiv 2510.11883, 2.2 to 2.4).
 
-An 8-bit mammogram (H, W) and its tissue mask become two global and n local crops that lie on tissue, each with
-photometric augmentation, and the share of tissue under every patch of the global crops, from which patch masks are
-drawn. Two neighbouring slices of a volume become one pair of crops of the same window. With an all-true mask this is
-DINOv2's own sampling, the baseline of the ablation.
+    views(rng, image, tissue)            two global and n local crops that lie on tissue, augmented
+    patch_mask(rng, grid, m, rho)        m patches of a crop for iBOT-M, mostly on tissue
+    pair_views(rng, a, b, tissue)        the same window of two neighbouring slices of a DBT volume
 
-Boxes are `(y0, x0, y1, x1)`, whole pixels, end exclusive. `rng` is a numpy Generator; the same state gives the same
-sample. H W pixels, S s sides of global and local crops, h w patch grid, N = h * w patches, K slices.
+An image is uint8 (H, W), its tissue mask bool (H, W). With an all-true mask these are DINOv2's own crops
+and masks, the baseline of the paper's ablation. Boxes are (y0, x0, y1, x1) in whole pixels, end
+exclusive. `rng` is a numpy Generator; the same state gives the same sample.
 
-Copy this file alone; it imports nothing of this repository.
+H W pixels, S s sides of global and local crops, h w patch grid, N = h * w patches, K slices.
+Copy this file alone; it imports nothing of this repository (only its demonstration does).
 
-    $ python sampler.py [FILE] [OUT.png]      # contact sheet: tissue-aware beside uniform, with the tissue shares
+    $ python sampler.py [FILE] [OUT.png]        # tissue-aware sampling above uniform sampling
 """
-import functools
 import math
 import sys
 
@@ -23,10 +22,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-TRIES = 50                                  # at the full minimum coverage, then as many while it falls to 0
+TRIES = 50          # with the full minimum coverage rho; after as many more it has fallen to 0
 
 
-# ---- crops (2.2) --------------------------------------------------------------------------------------------------
+# ---- crops on tissue (2.2) ------------------------------------------------------------------------
 
 def coverage(tissue, box):
     """r(C) = |C|^-1 sum of M over the window C: the share of its pixels that are tissue."""
@@ -35,33 +34,34 @@ def coverage(tissue, box):
 
 
 def crop_box(rng, tissue, scale, ratio, rho):
-    """A window placed around a random tissue pixel with r(C) > rho -> (box, relaxed).
+    """A window around a random tissue pixel with r(C) > rho -> (box, relaxed).
 
-    scale: range of the window's share of the image area; ratio: range of width / height, drawn log-uniformly.
-    Each try draws area, ratio and pixel anew. After 50 tries rho falls linearly to 0 over 50 more, and whatever passes
-    then counts as `relaxed`. Without any tissue the crop is uniform and counts as relaxed.
-
-    The pixel keeps its relative place: at a third of the image's height it lies at a third of the window's. So the
-    window holds the pixel and stays inside the image, and if all is tissue its place is uniform, as in DINOv2.
-    The paper does not say what happens where no window passes; the falling rho is ours.
+    `scale` is the range of the window's share of the image area, `ratio` that of width / height. Every
+    try draws area, ratio and pixel again. The paper does not say what happens where no window passes:
+    here rho falls linearly to 0 after 50 tries, over 50 more, and the window counts as `relaxed`. So does
+    the uniform window of an image without tissue.
     """
     H, W = tissue.shape
     for attempt in range(2 * TRIES):
-        h, w = _shape(rng, H, W, scale, ratio)
-        pixel = _tissue_pixel(rng, tissue)
-        barren = pixel is None
-        y, x = (rng.integers(H), rng.integers(W)) if barren else pixel
-        y0, x0 = int((y + rng.random()) * (H - h + 1) / H), int((x + rng.random()) * (W - w + 1) / W)
+        h, w = window_size(rng, H, W, scale, ratio)
+        pixel = tissue_pixel(rng, tissue)
+        y, x = pixel or (rng.integers(H), rng.integers(W))
+
+        # The pixel keeps its relative place: a third down the image, it is a third down the window. So the
+        # window stays inside, and if everything is tissue its place is uniform, as in DINOv2.
+        y0 = int((y + rng.random()) * (H - h + 1) / H)
+        x0 = int((x + rng.random()) * (W - w + 1) / W)
         box = y0, x0, y0 + h, x0 + w
-        floor = rho * min(1.0, 2 - (attempt + 1) / TRIES)                               # rho, rho, ..., 0
-        if barren or coverage(tissue, box) > floor:
-            return box, barren or attempt >= TRIES
-    raise AssertionError('a window around a tissue pixel holds tissue, so the last try passes')
+
+        floor = rho * min(1.0, 2 - (attempt + 1) / TRIES)           # rho, rho, ..., then down to 0
+        if pixel is None or coverage(tissue, box) > floor:
+            return box, pixel is None or attempt >= TRIES
+    raise AssertionError('a window around a tissue pixel has tissue, so the last try passes')
 
 
-def _shape(rng, H, W, scale, ratio):
-    """Height and width of a window, drawn as torchvision's RandomResizedCrop does: ten tries, then the largest window
-    whose ratio is allowed."""
+def window_size(rng, H, W, scale, ratio):
+    """Height and width of a window, as torchvision's RandomResizedCrop draws them: ten tries, then the
+    largest window of an allowed ratio."""
     for _ in range(10):
         area = H * W * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -71,24 +71,56 @@ def _shape(rng, H, W, scale, ratio):
     return min(H, max(1, round(W / ratio[0]))), min(W, max(1, round(H * ratio[1])))
 
 
-def _tissue_pixel(rng, tissue):
-    """A uniform random pixel of the mask: by rejection, which costs nothing unless the breast is tiny. None without."""
+def tissue_pixel(rng, tissue):
+    """A uniform random pixel of the mask as (y, x), or None if there is none."""
     H, W = tissue.shape
-    for _ in range(64):
+    for _ in range(64):                 # listing all tissue pixels first would take longer than the crop
         y, x = int(rng.random() * H), int(rng.random() * W)
         if tissue[y, x]:
             return y, x
-    inside = np.flatnonzero(tissue)
-    return divmod(int(inside[rng.integers(len(inside))]), W) if len(inside) else None
+    index = np.flatnonzero(tissue)
+    return divmod(int(index[rng.integers(len(index))]), W) if len(index) else None
 
 
-# ---- photometry: DINOv2's, as one table of 256 greys --------------------------------------------------------------
+def cut(image, box, size):
+    """A window of a uint8 image, resized to size (h, w) by antialiased bicubic interpolation.
+
+    Rows first, then columns, so that each pass reads what is near in memory. Equals Pillow's result to
+    one grey level (two if enlarged several times). Beside sharp white edges, where the kernel overshoots
+    0..255 and is clipped between the passes, ten: Pillow takes the passes in the other order.
+    """
+    y0, x0, y1, x1 = box
+    window, (h, w) = image[y0:y1, x0:x1], size
+    if h > y1 - y0 or w > x1 - x0:                                  # enlarged: Pillow's order
+        return resize_columns(resize_columns(window.T, w).T, h)
+    return np.ascontiguousarray(resize_columns(resize_columns(window, h).T, w).T)
+
+
+def resize_columns(image, height):
+    """uint8 (H, W) -> (height, W). F.interpolate has a fast path for images of four interleaved channels,
+    so four neighbouring columns become the channels of one pixel. It takes a third of the time."""
+    H, W = image.shape
+    four = np.empty((1, H, -(-W // 4), 4), np.uint8)
+    four.reshape(H, -1)[:, :W] = image                              # the columns beyond W are cut off below
+    four = torch.from_numpy(four).permute(0, 3, 1, 2)               # (1, 4, H, W / 4)
+    four = F.interpolate(four, (height, four.shape[3]), mode='bicubic', antialias=True)
+    return four.permute(0, 2, 3, 1).reshape(height, -1).numpy()[:, :W]
+
+
+def tissue_grid(tissue, box, h, w):
+    """The share of tissue under each patch of a window, float32 (h, w)."""
+    y0, x0, y1, x1 = box
+    window = Image.fromarray(tissue[y0:y1, x0:x1].view(np.uint8) * np.uint8(255))
+    return np.asarray(window.resize((w, h), Image.Resampling.BOX), np.float32) / 255
+
+
+# ---- photometry: DINOv2's, for grey images --------------------------------------------------------
 
 def jitter_table(rng, histogram, brightness, contrast):
-    """Brightness and contrast by factors 1 +- b, 1 +- c in random order, as a table of 256 uint8 greys.
+    """Brightness and contrast by factors 1 +- b and 1 +- c in random order, as a table of 256 greys.
 
-    On a grey image hue and saturation do nothing, so this is all of DINOv2's ColorJitter. Contrast turns about the
-    mean of the view, which the histogram (256,) gives.
+    On a grey image hue and saturation change nothing, so this is all of DINOv2's ColorJitter, and a table
+    is exact. Contrast turns about the mean of the view, which its histogram (256,) gives.
     """
     table = np.arange(256, dtype=np.float32)
     for operation in rng.permutation(2):
@@ -101,102 +133,55 @@ def jitter_table(rng, histogram, brightness, contrast):
     return table.astype(np.uint8)
 
 
-def histogram(image):
-    """How often each grey occurs in a uint8 image, (256,)."""
-    return np.array(Image.fromarray(image).histogram())
-
-
-def look_up(table, image):
-    """table[image] of uint8 greys; numpy would make whole numbers of 64 bits of the image first."""
-    return np.asarray(Image.fromarray(image).point(table.tolist()))
-
-
 def solarize(table, threshold=128):
-    """Invert the greys at or above the threshold."""
+    """Inverts the greys at or above the threshold."""
     return np.where(table >= threshold, 255 - table, table)
 
 
 def blur(image, sigma):
-    """Gaussian of 9 taps, mirrored at the border, as torchvision's and DINOv2's."""
-    taps = np.exp(-0.5 * (np.arange(5) / sigma) ** 2).astype(np.float32)                # from the middle outwards
-    taps /= 2 * taps.sum() - 1                              # the middle one counts once, the others twice
-    x = np.pad(image, 4, mode='reflect').astype(np.float32)                             # (H + 8, W + 8)
-    for n in image.shape:                                   # one axis, then the other, in two arrays each
-        total = x[4:4 + n] * taps[0]
-        pair = np.empty_like(total)
-        for d in range(1, 5):
-            np.add(x[4 - d:4 - d + n], x[4 + d:4 + d + n], out=pair)
-            pair *= taps[d]
-            total += pair
-        x = total.T
-    return np.rint(x, out=x).astype(np.uint8)
+    """A Gaussian of 9 taps, mirrored at the border, as torchvision's and DINOv2's."""
+    blurred = ndimage.gaussian_filter(image.astype(np.float32), sigma, radius=4, mode='mirror')
+    return np.rint(blurred).astype(np.uint8)
 
 
-def cut(image, box, size):
-    """Window of a uint8 image, resized to size (h, w) by antialiased bicubic interpolation: Pillow's result to one grey
-    level (two if enlarged several times), several times as fast. Beside sharp white edges, where the kernel overshoots
-    0..255 and is clipped between the axes, it may differ by ten, since Pillow takes the axes in another order."""
-    y0, x0, y1, x1 = box
-    window, (h, w) = image[y0:y1, x0:x1], size
-    if h > y1 - y0 or w > x1 - x0:                          # enlarged, so it is small: Pillow's order costs nothing
-        return _resize_columns(_resize_columns(window.T, w).T, h)
-    return np.ascontiguousarray(_resize_columns(_resize_columns(window, h).T, w).T)
+# ---- the views of one image: T(x) -----------------------------------------------------------------
 
+def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scale=(0.5, 1.0),
+          local_scale=(0.2, 0.5), ratio=(3 / 4, 4 / 3), rho=0.3, jitter=0.8, brightness=0.4,
+          contrast=0.4, blurs=(1.0, 0.1, 0.5), sigma=(0.1, 2.0), solarizes=0.2, flip=0.5,
+          placement=None):
+    """The view sampler T of the paper (2.2): crops of one mammogram as a dict of arrays,
 
-def _resize_columns(image, height):
-    """uint8 (H, W) -> (height, W), along the columns alone. Four neighbouring columns are handed to torch as four
-    channels of one pixel, for which it has a fast way."""
-    H, W = image.shape
-    four = np.empty((1, H, -(-W // 4), 4), np.uint8)
-    four.reshape(H, -1)[:, :W] = image                                                  # the rest is cut off again
-    four = torch.from_numpy(four).permute(0, 3, 1, 2)                                   # (1, 4, H, W / 4)
-    four = F.interpolate(four, (height, four.shape[3]), mode='bicubic', antialias=True)
-    return four.permute(0, 2, 3, 1).reshape(height, -1).numpy()[:, :W]
-
-
-def tissue_grid(tissue, box, h, w):
-    """Share of tissue under each patch of a window, float32 (h, w): the mask averaged over the patch's area. Where a
-    patch covers 24 pixels of the image or more, every second row and column is read, from 36 on every third, and so
-    on."""
-    y0, x0, y1, x1 = box
-    step = max(1, min((y1 - y0) // h, (x1 - x0) // w) // 12)
-    mask = tissue[y0 + step // 2:y1:step, x0 + step // 2:x1:step].astype(np.uint8) * np.uint8(255)
-    return np.asarray(Image.fromarray(mask).resize((w, h), Image.Resampling.BOX), np.float32) / 255
-
-
-# ---- the views of one image (2.2) ---------------------------------------------------------------------------------
-
-def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scale=(0.5, 1.0), local_scale=(0.2, 0.5),
-          ratio=(3 / 4, 4 / 3), rho=0.3, jitter=0.8, brightness=0.4, contrast=0.4, blurs=(1.0, 0.1, 0.5),
-          sigma=(0.1, 2.0), solarizes=0.2, flip=0.5, placement=None):
-    """Tissue-aware crops of one mammogram, T(x) of the paper, as a dict:
-
-        globals (2, size, size) and locals (locals, local_size, local_size), uint8
-        grids   (2, h, w) float32, tissue share of each patch of the globals
+        globals (2, S, S) and locals (locals, s, s), uint8
+        grids   (2, h, w) float32, the share of tissue under each patch of the globals
         boxes   (2 + locals, 4) int and relaxed (2 + locals,) bool, globals first
 
-    jitter, blurs (first global, second global, locals), solarizes (second global only) and flip are probabilities.
-    `placement` is the mask that places the windows, `tissue` by default; all true gives DINOv2's uniform windows.
-    Raises ValueError for an image that is not uint8, and for masks of another shape.
-    Blur comes last so that the photometry is one table; DINOv2 solarizes after it.
+    jitter, blurs (first global, second global, locals), solarizes (second global only) and flip are
+    probabilities. `placement` is the mask that places the windows, `tissue` by default. The blur comes
+    last, so that all other photometry is one table; DINOv2 solarizes after it. Raises ValueError for an
+    image that is not uint8 and for masks of another shape.
     """
     placement = tissue if placement is None else placement
     if image.dtype != np.uint8 or not image.shape == tissue.shape == placement.shape:
-        raise ValueError(f'an image of shape {image.shape} and type {image.dtype}, tissue {tissue.shape}; '
-                         'expected uint8 and masks of its shape')
+        raise ValueError(f'an image of shape {image.shape} and type {image.dtype}, tissue of shape '
+                         f'{tissue.shape}; expected uint8 and masks of its shape')
     out = dict(globals=[], locals=[], grids=[], boxes=[], relaxed=[])
     for v in range(2 + locals):
-        kind, side, area = ('globals', size, scale) if v < 2 else ('locals', local_size, local_scale)
+        kind, side, area = 'locals', local_size, local_scale
+        if v < 2:
+            kind, side, area = 'globals', size, scale
         box, relaxed = crop_box(rng, placement, area, ratio, rho)
         view, flipped = cut(image, box, (side, side)), rng.random() < flip
         table = np.arange(256, dtype=np.uint8)
         if rng.random() < jitter:
-            table = jitter_table(rng, histogram(view), brightness, contrast)
+            greys = np.bincount(view.ravel(), minlength=256)
+            table = jitter_table(rng, greys, brightness, contrast)
         if v == 1 and rng.random() < solarizes:
             table = solarize(table)
-        view = look_up(table, view)
+        view = table[view]
         if rng.random() < blurs[min(v, 2)]:
             view = blur(view, rng.uniform(*sigma))
+
         mirror = slice(None, None, -1 if flipped else 1)
         out[kind].append(view[:, mirror])
         if kind == 'globals':
@@ -207,212 +192,162 @@ def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scal
     return {name: np.array(value) for name, value in out.items()}
 
 
-# ---- patch masks (2.3) --------------------------------------------------------------------------------------------
+# ---- patch masks (2.3) ----------------------------------------------------------------------------
 
-def patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0.3), weight=1.0, eps=1e-3, info=None):
-    """The iBOT-M mask Z: grid float (h, w), the tissue share of each patch -> bool (h, w) with exactly m patches.
+def patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0.3), weight=1.0, eps=1e-3,
+               info=None):
+    """The iBOT-M mask Z: the tissue share of each patch, float (h, w) -> bool (h, w) with exactly m patches.
 
-    Pieces are added until m patches are masked. For each, a target area a_t in [m_min, m_max] and a shape are drawn;
-    every corner where the piece fits is scored by its tissue coverage r, those with r < rho are discarded, and one of
-    the rest is drawn with weight pi = weight * r + eps (`_corner` by rejection, which is fast, `_corner_of_all` where
-    that finds none). With c patches masked it is accepted if it adds 0 < new <= min(m_max, m - c), where the paper
-    has |C| - o for new. After every ten refusals in a row rho falls by a tenth of its first value.
+    Pieces (blocks of patches) are added until m patches are masked. For each piece:
 
-    After two hundred refusals single patches fill the last few places. m_max defaults to half of the grid;
-    ratio is the range of height / width, DINOv2's. `info`, a dict, receives `relaxed`: whether rho had to fall.
-    Raises ValueError for an m that is not in 0..h*w, and for eps below 1e-12, with which air could never be masked.
+        draw a target area a_t in [m_min, m_max] and a shape; `ratio` is the range of height / width
+        score every corner where it fits by its tissue coverage r, discard those with r < rho
+        draw one of the rest with weight pi = w_t r + eps
+        accept it if it masks 0 < new <= min(m_max, m - c) further patches, c being masked so far
+
+    Every ten refusals in a row lower rho by a tenth of its first value, and after two hundred single
+    patches take the last few places. m_max is half of the grid by default. `info`, a dict, receives
+    `relaxed`, whether rho had to fall. Raises ValueError for m outside 0..h*w and eps below 1e-12, with
+    which patches without tissue could never be masked.
     """
     h, w = grid.shape
-    if eps < 1e-12:
-        raise ValueError(f'eps {eps}: must be above 0, 1e-12 at least, or patches without tissue could never be masked')
-    if not 0 <= m <= h * w:
-        raise ValueError(f'{m} patches to mask, the grid has {h}x{w}')
+    if not 0 <= m <= h * w or eps < 1e-12:
+        raise ValueError(f'{m} patches to mask, eps {eps}; expected 0..{h * w} and at least 1e-12')
     m_max = max(h * w // 2 if m_max is None else m_max, m_min)
-    table = np.zeros((h + 1, w + 1))
-    table[1:, 1:] = grid.cumsum(0).cumsum(1)                                            # sums of any block in 4 reads
-    rows, uniform = table.tolist(), _uniforms(rng)
-    masked, c, floor, failures = 0, 0, rho, 0               # bit y * w + x of `masked` is patch (y, x): one AND counts
-    while c < m:
-        bh, bw = _piece(uniform, h, w, min(m_min, m - c), min(m_max, m - c), ratio)
-        corner = _corner(uniform, rows, h, w, bh, bw, floor, weight, eps)
-        if corner is None:
-            corner = _corner_of_all(uniform, table, bh, bw, floor, weight, eps)
-        if corner is not None:
-            y, x = corner
-            block = _block(bh, bw, w) << (y * w + x)
-            new = (block & ~masked).bit_count()
-            if 0 < new <= min(m_max, m - c):
-                masked, c, failures = masked | block, c + new, 0
+    integral = np.pad(grid.cumsum(0).cumsum(1), ((1, 0), (1, 0)))   # the sum of any block in four reads
+    mask, floor, refusals = np.zeros((h, w), bool), rho, 0
+
+    while (missing := m - np.count_nonzero(mask)) and refusals <= 200:
+        bh, bw = piece_size(rng, h, w, min(m_min, missing), min(m_max, missing), ratio)
+        r = integral[bh:, bw:] - integral[:-bh, bw:] - integral[bh:, :-bw] + integral[:-bh, :-bw]
+        r = r.clip(0) / (bh * bw)                                   # (h - bh + 1, w - bw + 1) corners
+        pi = np.where(r >= floor, weight * r + eps, 0).ravel().cumsum()
+        if pi[-1] > 0:
+            y, x = divmod(int(np.searchsorted(pi, rng.random() * pi[-1], side='right')), r.shape[1])
+            piece = mask[y:y + bh, x:x + bw]
+            if 0 < np.count_nonzero(~piece) <= min(m_max, missing):
+                piece[:] = True
+                refusals = 0
                 continue
-        failures += 1
-        if failures % 10 == 0:
+        refusals += 1
+        if refusals % 10 == 0:
             floor = max(0.0, floor - rho / 10)
-        if failures > 200:                                  # nothing but scattered single patches is left
-            break
-    mask = np.unpackbits(np.frombuffer(masked.to_bytes(h * w // 8 + 1, 'little'), np.uint8), count=h * w,
-                         bitorder='little').view(bool).reshape(h, w)
-    if c < m:
-        _fill(rng, mask, grid, m - c, weight, eps)
+
+    if missing:
+        free = np.flatnonzero(~mask)
+        pi = weight * grid.ravel()[free] + eps
+        mask.ravel()[rng.choice(free, missing, replace=False, p=pi / pi.sum())] = True
     if info is not None:
         info['relaxed'] = floor < rho
     return mask
 
 
-def _uniforms(rng):
-    """One number in [0, 1) after the other: to ask the generator for each would cost a third more time."""
-    while True:
-        yield from rng.random(256).tolist()
-
-
-def _piece(uniform, h, w, low, high, ratio):
+def piece_size(rng, h, w, low, high, ratio):
     """Height and width of a block of about a_t patches, a_t uniform in [low, high], that fits the grid."""
-    area = low + (high - low) * next(uniform)
-    aspect = ratio[0] * (ratio[1] / ratio[0]) ** next(uniform)
-    return min(h, max(1, round(math.sqrt(area * aspect)))), min(w, max(1, round(math.sqrt(area / aspect))))
+    area = rng.uniform(low, high)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    bh, bw = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    return min(h, max(1, bh)), min(w, max(1, bw))
 
 
-@functools.cache
-def _block(bh, bw, w):
-    """The bits of a block of bh x bw patches in the corner of a grid of w columns."""
-    return sum((1 << bw) - 1 << y * w for y in range(bh))
-
-
-def _corner(uniform, rows, h, w, bh, bw, rho, weight, eps):
-    """A top-left corner drawn with weight pi = weight * r + eps among those with r >= rho; None after 32 refusals.
-
-    Rejection gives this distribution without scoring every corner: draw one uniformly, keep it with probability pi /
-    max pi.
-    """
-    down, right, area = h - bh + 1, w - bw + 1, bh * bw
-    for _ in range(32):
-        y, x = int(next(uniform) * down), int(next(uniform) * right)
-        upper, lower = rows[y], rows[y + bh]
-        r = (lower[x + bw] - upper[x + bw] - lower[x] + upper[x]) / area
-        if r >= rho and next(uniform) * (weight + eps) < weight * r + eps:
-            return y, x
-
-
-def _corner_of_all(uniform, table, bh, bw, rho, weight, eps):
-    """The same draw by scoring every corner; None if there is none with r >= rho."""
-    r = (table[bh:, bw:] - table[:-bh, bw:] - table[bh:, :-bw] + table[:-bh, :-bw]) / (bh * bw)     # (down, right)
-    pi = np.where(r >= rho, weight * r.clip(0) + eps, 0).ravel().cumsum()
-    if pi[-1] > 0:
-        return divmod(int(np.searchsorted(pi, next(uniform) * pi[-1], side='right')), r.shape[1])
-
-
-def _fill(rng, mask, grid, count, weight, eps):
-    """Single patches for the last few places, with the same weights."""
-    free = np.flatnonzero(~mask)
-    pi = weight * grid.ravel()[free] + eps
-    mask.ravel()[rng.choice(free, count, replace=False, p=pi / pi.sum())] = True
-
-
-# ---- slice pairs (2.4) --------------------------------------------------------------------------------------------
+# ---- slice pairs (2.4) ----------------------------------------------------------------------------
 
 def slice_pair(rng, k, K, d_max):
-    """A neighbour k' = k +- d of slice k in a volume of K, d in 1..d_max, uniform over those inside the volume."""
+    """A neighbour k' = k +- d of slice k in a volume of K, uniform over those with d in 1..d_max."""
     if K < 2 or not 0 <= k < K or d_max < 1:
         raise ValueError(f'slice {k} of {K} has no neighbour within {d_max}')
     near = [i for i in range(max(0, k - d_max), min(K, k + d_max + 1)) if i != k]
     return near[rng.integers(len(near))]
 
 
-def pair_views(rng, slice_a, slice_b, tissue, size=518, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3), rho=0.3,
-               brightness=0.1, contrast=0.1, flip=0.5):
-    """The conservative transform of both slices: (2, size, size) uint8, one tissue-aware window and one flip for
-    both, light brightness and contrast for each, no blur, no solarization. The paper says "conservative" and T(.);
-    the rest is our reading. `tissue` is that of slice_a."""
+def pair_views(rng, slice_a, slice_b, tissue, size=518, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3),
+               rho=0.3, brightness=0.1, contrast=0.1, flip=0.5):
+    """One tissue-aware window of two slices, uint8 (2, S, S); `tissue` is that of slice_a.
+
+    The paper calls the transform "conservative" and says no more. We read: the same window and flip for
+    both slices, slight brightness and contrast for each, no blur, no solarization.
+    """
     box, _ = crop_box(rng, tissue, scale, ratio, rho)
     mirror = slice(None, None, -1 if rng.random() < flip else 1)
     pair = []
     for image in (slice_a, slice_b):
         view = cut(image, box, (size, size))
-        pair.append(look_up(jitter_table(rng, histogram(view), brightness, contrast), view)[:, mirror])
+        greys = np.bincount(view.ravel(), minlength=256)
+        pair.append(jitter_table(rng, greys, brightness, contrast)[view][:, mirror])
     return np.array(pair)
 
 
-# ---- contact sheet (Fig. 1a, 1b) ----------------------------------------------------------------------------------
+# ---- contact sheet (Fig. 1a, 1b) ------------------------------------------------------------------
 
-def contact_sheet(rng, image, tissue, size=224, local_size=112, patch=14, rho=0.3, ratio=0.4):
-    """Tissue-aware sampling above uniform sampling, a PIL image: the windows on the image, two global crops with
-    their patch masks, six local crops; under each the share of tissue in it."""
+YELLOW, BLUE = (255, 200, 0), (60, 190, 255)
+
+
+def contact_sheet(rng, image, tissue, size=224, local_size=112, patch=14, rho=0.3, share=0.4):
+    """Tissue-aware above uniform sampling as a PIL image: the windows on the image, two global crops with a
+    mask over `share` of their patches, six local crops, and the share of tissue in each."""
     rows = []
     for title, placement in (('tissue-aware', tissue), ('uniform', np.ones_like(tissue))):
-        sample = views(rng, image, tissue, size, local_size, locals=6, rho=rho, blurs=(0, 0, 0), jitter=0,
-                       solarizes=0, flip=0, patch=patch, placement=placement)
-        boxes = [tuple(box) for box in sample['boxes']]
-        panels = [(_windows(image, boxes, size), f'{title}: 2 global, 6 local windows')]
-        for v in range(2):
-            grid = sample['grids'][v]
-            mask = patch_mask(rng, grid if placement is tissue else np.ones_like(grid), round(ratio * grid.size), rho)
-            on = grid[mask].mean()
-            panels.append((_masked(sample['globals'][v], mask, patch),
-                           f'global, tissue {coverage(tissue, boxes[v]):.0%}; under masks {on:.0%}'))
+        sample = views(rng, image, tissue, size, local_size, locals=6, patch=patch, rho=rho,
+                       jitter=0, blurs=(0, 0, 0), solarizes=0, flip=0, placement=placement)
+        r = [coverage(tissue, box) for box in sample['boxes']]
+        row = [(draw_windows(image, sample['boxes'], size), f'{title}: yellow global, blue local')]
+        for v, (view, grid) in enumerate(zip(sample['globals'], sample['grids'])):
+            seen = grid if placement is tissue else np.ones_like(grid)
+            mask = patch_mask(rng, seen, round(share * grid.size), rho)
+            hidden = np.kron(mask, np.ones((patch, patch), bool))           # (S, S)
+            picture = np.repeat(view[..., None], 3, axis=-1)
+            picture[hidden] = picture[hidden] // 4 + np.array((150, 40, 30), np.uint8)
+            row.append((picture, f'global: tissue {r[v]:.0%}, in the mask {grid[mask].mean():.0%}'))
         for v in range(0, 6, 2):
-            two = np.vstack([sample['locals'][v], sample['locals'][v + 1]])
-            shares = ' and '.join(f'{coverage(tissue, boxes[2 + v + i]):.0%}' for i in range(2))
-            panels.append((np.repeat(two[..., None], 3, -1), f'local {shares}'))
-        rows.append(panels)
+            two = np.vstack(sample['locals'][v:v + 2])[..., None].repeat(3, axis=-1)
+            row.append((two, f'local: {r[2 + v]:.0%}, {r[3 + v]:.0%}'))
+        rows.append(row)
+    return sheet(rows)
+
+
+def sheet(rows):
+    """Rows of (picture uint8 (h, w, 3), caption) -> one PIL image."""
     gap, caption = 8, 18
-    width = sum(p.shape[1] + gap for p, _ in rows[0]) + gap
-    sheet = Image.new('RGB', (width, len(rows) * (size + caption + gap) + gap), 'white')
-    draw = ImageDraw.Draw(sheet)
-    for i, panels in enumerate(rows):
-        x, y = gap, gap + i * (size + caption + gap)
-        for panel, text in panels:
-            sheet.paste(Image.fromarray(panel), (x, y))
-            draw.text((x, y + size + 3), text, fill='black')
-            x += panel.shape[1] + gap
-    return sheet
+    widths = [sum(picture.shape[1] + gap for picture, _ in row) + gap for row in rows]
+    heights = [max(picture.shape[0] for picture, _ in row) + caption + gap for row in rows]
+    canvas, y = Image.new('RGB', (max(widths), sum(heights) + gap), 'white'), gap
+    for row, height in zip(rows, heights):
+        x = gap
+        for picture, text in row:
+            canvas.paste(Image.fromarray(picture), (x, y))
+            ImageDraw.Draw(canvas).text((x, y + height - caption - gap + 3), text, fill='black')
+            x += picture.shape[1] + gap
+        y += height
+    return canvas
 
 
-def _windows(image, boxes, side):
-    H, W = image.shape
-    f = side / H
-    picture = Image.fromarray(image).convert('RGB').resize((round(W * f), side), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture)
+def draw_windows(image, boxes, height):
+    """The windows on the image, scaled to `height`: two yellow, the others blue. uint8 (h, w, 3)"""
+    f = height / image.shape[0]
+    picture = Image.fromarray(image).convert('RGB').resize((round(image.shape[1] * f), height))
     for v, (y0, x0, y1, x1) in enumerate(boxes):
-        draw.rectangle((x0 * f, y0 * f, x1 * f - 1, y1 * f - 1), outline=(255, 200, 0) if v < 2 else (60, 190, 255))
-    canvas = Image.new('RGB', (max(picture.width, 230), side))
+        corners = x0 * f, y0 * f, x1 * f - 1, y1 * f - 1
+        ImageDraw.Draw(picture).rectangle(corners, outline=YELLOW if v < 2 else BLUE)
+    canvas = Image.new('RGB', (max(picture.width, 230), height))            # as wide as its caption
     canvas.paste(picture)
     return np.array(canvas)
 
 
-def _masked(view, mask, patch):
-    colour = np.repeat(view[..., None], 3, -1)
-    hidden = np.kron(mask, np.ones((patch, patch), bool))
-    colour[hidden] = colour[hidden] // 4 + np.array((150, 40, 30), np.uint8)
-    return colour
-
-
-def _example():
-    """A disc of smoothed noise on black: enough of a breast for a picture without an image at hand."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:512, :384]
-    tissue = ((y - 256) / 220) ** 2 + (x / 300) ** 2 < 1
-    texture = ndimage.gaussian_filter(rng.standard_normal((512, 384)), 4)
-    return np.uint8(np.clip(130 + 900 * texture, 30, 255) * tissue), tissue
-
-
-def _load(path):
-    """Any picture Pillow opens, or a .npy, as 8-bit grey; of a volume the middle slice. For DICOM see mask.py."""
-    picture = np.load(path, 'r', allow_pickle=False) if path.endswith('.npy') else np.array(Image.open(path))
-    picture = picture[len(picture) // 2] if picture.ndim == 3 and path.endswith('.npy') else picture
-    picture = picture.mean(-1) if picture.ndim == 3 else picture
-    return np.uint8((picture - float(picture.min())) * 255 / max(float(np.ptp(picture)), 1e-6))
-
-
 if __name__ == '__main__':
+    import images
+    import mask
+    import phantom
     if {'-h', '--help'} & {*sys.argv}:
         sys.exit(print(__doc__))
-    picture, tissue = _example()
-    if len(sys.argv) > 1:
-        try:
-            picture = _load(sys.argv[1])
-        except Exception as error:
-            sys.exit(f'sampler.py: {sys.argv[1]}: {error or type(error).__name__}; expected PNG, TIFF, '
-                     'JPEG, PGM or .npy')
-        tissue = ndimage.binary_opening(picture > picture.mean() / 3, iterations=4)
-    out = sys.argv[2] if len(sys.argv) > 2 else 'views.png'
-    contact_sheet(np.random.default_rng(1), picture, tissue).save(out)
-    print(f'-> {out}')
+    path, out = (sys.argv[1:] + [None, None])[:2]
+    try:
+        image = phantom.breast(np.random.default_rng(8), width=288).volume[0]
+        if path:
+            image = images.read(path, images.frames(path) // 2)             # of a volume the middle slice
+        if not (path or '').endswith('.npy'):
+            image = images.clahe(image)
+        picture = contact_sheet(np.random.default_rng(1), image, mask.tissue(image, None))
+        picture.save(out or 'views.png')
+        print(f"-> {out or 'views.png'}")
+    except (ValueError, OSError) as problem:
+        sys.exit(f'sampler.py: {problem}')

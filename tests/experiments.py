@@ -74,12 +74,10 @@ def phantoms(n, key, slices=1, every=1, **shape):
 
 
 def folder_of(out, name, n, key, **given):
-    """Phantoms as a folder of .npy, the way `mask.py prepare` leaves a data set."""
+    """Phantoms as a folder of .npy and index.csv, the way prepare.py leaves a data set."""
     folder = Path(out) / name
     if not (folder / 'whole').exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, p in enumerate(phantoms(n, key, **given)):
-            np.save(folder / f'{i:04d}.npy', p['pixels'] if len(p['pixels']) > 1 else p['pixels'][0])
+        phantom.dataset(folder, (p['pixels'] for p in phantoms(n, key, **given)))
         (folder / 'whole').touch()
     return str(folder)
 
@@ -574,7 +572,7 @@ class LesionsMasked(pretrain.Slices):
     def sample(self, rng, file, frame):
         before, out = copy.deepcopy(rng), super().sample(rng, file, frame)
         image = self.load(file, frame)
-        lesion = box_mask(image.shape, self.boxes[Path(self.files[file]).name])
+        lesion = box_mask(image.shape, self.boxes[Path(os.fsdecode(self.paths[file])).name])
         breast = mask.tissue(image, self.cfg.percentile, self.cfg.kernel)
         shares = [self.shares(copy.deepcopy(before), image, m, breast) for m in (lesion, breast)]
         for z, on, tissue in zip(out['masks'], *shares):
@@ -600,7 +598,7 @@ def pretrain_with_lesions_masked(arguments):
         LesionsMasked.boxes = {line['path']: [float(line[edge]) for edge in ('x0', 'y0', 'x1', 'y1')]
                                for line in csv.DictReader(file)}
     LesionsMasked.always, pretrain.Slices = arguments[0] == 'always', LesionsMasked
-    pretrain.main(pretrain.parse(pretrain.Config, arguments[2:], pretrain.DEMO))
+    pretrain.main(pretrain.parse(pretrain.Config, arguments[2:], pretrain.defaults))
 
 
 def occlusion(out):
@@ -1172,7 +1170,7 @@ def projections_picture(trace=0.3, side=256):
         shown = [detect.boxed(images.clahe(images.to_uint8(image)), truth=p.boxes[:, 1:], side=side)
                  for image in (p.ffdm, p.sm)]
         columns.append(np.pad(np.vstack(shown), ((0, 0), (0, 6), (0, 0)), constant_values=255))
-    return pretrain.captioned(np.hstack(columns), [f'seen in {name}' for name in contrasts])
+    return sampler.sheet([[(column, f'seen in {name}') for column, name in zip(columns, contrasts)]])
 
 
 def looks_picture(out, side=168, shown=3):
@@ -1187,7 +1185,7 @@ def looks_picture(out, side=168, shown=3):
         heat = (heat / heat.amax((1, 2), keepdim=True)).numpy()
         columns.append(np.vstack([vit.overlay(p['pixels'][0], h) for p, h in zip(found, heat)]))
     names = ['phantom, lesion', *(f'attention, {arm}' for arm in encoders)]
-    return pretrain.captioned(np.hstack(columns), names)
+    return sampler.sheet([list(zip(columns, names))])
 
 
 def framed(image, box, side):

@@ -1057,13 +1057,13 @@ def test_one_frame_is_read_at_a_time_and_every_one(trained, lesions, monkeypatch
 
 def test_prepared_images_are_read_and_boxes_stay_in_pixels_of_the_original(tmp_path):
     root, small = tmp_path / 'root', tmp_path / 'small'
-    volume = np.random.default_rng(0).integers(0, 4000, (3, 120, 80)).astype(np.uint16)
+    volume = phantom.breast(np.random.default_rng(0), slices=3, height=360, width=240).volume
     dicom(root / 'a' / 'v.dcm', volume)
     assert prepare.prepare(root, small, side=40) == (1, 0, 0)
     cfg = Config(root=str(root), images=str(small), size=56)
-    frames = detect.Frames(cfg, [Volume(('p', 'v', ''), str(root / 'a/v.dcm'), lesions=[(1, 10, 20, 40, 60, 'm')],
-                                        shape=(3, 120, 80))])
-    assert frames.plain(0, 1)['shape'] == (120, 80)
+    frames = detect.Frames(cfg, [Volume(('p', 'v', ''), str(root / 'a/v.dcm'), lesions=[(1, 30, 60, 120, 180, 'm')],
+                                        shape=(3, 360, 240))])
+    assert frames.plain(0, 1)['shape'] == (360, 240)
     squashed = Image.fromarray(np.load(small / 'a/v.npy')[1]).resize((56, 56), Image.Resampling.BICUBIC)
     assert (frames.plain(0, 1)['image'] == np.asarray(squashed)).all()
     flat = detect.Frames(replace(cfg, augment=False), frames.volumes).augmented(0, 1, 0, 0)

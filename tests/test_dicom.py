@@ -1,4 +1,4 @@
-"""mask.py: however a DICOM file is written, the mammogram in it is the same.
+"""images.py: however a DICOM file is written, the mammogram in it is the same.
 
 One table. A row says what it changes in a plain file of known stored values. pydicom writes the file, as MONOCHROME2
 and as MONOCHROME1; what a writer should not write is bent into its bytes. The image that is read must equal the

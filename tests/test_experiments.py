@@ -5,6 +5,7 @@ import torch
 from conftest import ROOT
 
 import experiments
+import phantom
 import pretrain
 from experiments import ARMS, RECIPE, LesionsMasked
 
@@ -30,11 +31,11 @@ def test_lesions_are_always_or_never_masked_and_as_many_patches_as_before(always
     y, x = np.mgrid[:256, :192]
     image = np.uint8(((y - 128) ** 2 / 120 ** 2 + x ** 2 / 150 ** 2 < 1) * rng.integers(80, 120, (256, 192)))
     image[100:112, 70:80] = 255
-    np.save(tmp_path / 'a.npy', image)
+    phantom.dataset(tmp_path, [image[None]])
     cfg = pretrain.Config(**RECIPE | dict(data=str(tmp_path), mask_prob=1.0, jitter=0.0, blurs=(0.0, 0.0, 0.0)))
-    monkeypatch.setattr(LesionsMasked, 'boxes', {'a.npy': box})
+    monkeypatch.setattr(LesionsMasked, 'boxes', {'0000.npy': box})
     monkeypatch.setattr(LesionsMasked, 'always', always)
-    plain, marked = (kind(cfg, [str(tmp_path / 'a.npy')], [1]) for kind in (pretrain.Slices, LesionsMasked))
+    plain, marked = (kind(cfg, tmp_path) for kind in (pretrain.Slices, LesionsMasked))
     changed, shown = 0, 0
     for i in range(40):
         before, after = plain[i], marked[i]
