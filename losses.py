@@ -31,7 +31,7 @@ class Head(nn.Module):
     """DINO's projection head (DINO 3.1, as in DINOv2): tokens (..., D) -> logits (..., K).
 
     Three linear layers, L2 normalisation, then K prototypes with weight normalisation. Their lengths are
-    trainable, as in DINOv2, and start at 1, so a logit starts as the cosine of token and prototype.
+    trainable, as in DINOv2, and start at 1: a logit starts as the cosine of an embedding and a prototype.
     """
 
     def __init__(self, width, prototypes, hidden=2048, bottleneck=256):
@@ -79,9 +79,9 @@ class Center(nn.Module):
     def update(self, logits, count=None, momentum=None):
         """c <- momentum c + (1 - momentum) mean(logits), over the rows (..., K) of all ranks.
 
-        The last layer is linear, so the mean of many logits is the logits of one mean embedding. One row
-        can therefore represent `count` (rows,) tokens, and the (M, K) logits are never built.
-        `momentum=0` sets c to this mean.
+        The last layer is linear, so the mean of many logits is the logits of their mean embedding. A row
+        may therefore be such a mean of `count` (rows,) tokens, and the (M, K) logits are never built.
+        `momentum=0` sets c to the mean.
         """
         logits = logits.float().flatten(0, -2)                                          # (rows, K)
         count = logits.new_ones(len(logits)) if count is None else count.to(logits)
@@ -121,8 +121,8 @@ def patch_loss(student, teacher, weight, images, temp=0.1):
 
         L = - 1/images sum_j weight_j sum_k p_t(j)_k log p_s(j)_k         weight_j = 1 / |Omega| of j's image
 
-    `images` counts every global crop, masked or not, as DINOv2 does: with half of the crops masked, the
-    loss is half of the mean over masked crops.
+    `images` is the number of global crops, masked or not, as in DINOv2: with half of the crops masked, the
+    loss is half of the mean over masked crops. Training uses `chunked_patch_loss`, which needs less memory.
     """
     log_p = F.log_softmax(student.float() / temp, dim=-1)                               # (M, K)
     return -(weight[:, None] * teacher.detach().float() * log_p).sum() / images
@@ -172,11 +172,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def adjacent_loss(student, teacher, temp=0.1, pairs=None):
     """DINO-adj (MammoDINO 2.4): student logits of slices k, teacher probabilities of k', (P, K) each -> ().
 
-        L = - 1/pairs sum_i sum_j p_t(C_t)_ij log p_s(C_s)_ij                 pairs i, prototypes j
+        L = - 1/pairs sum_i sum_k p_t(C_t)_ik log p_s(C_s)_ik                 pairs i, prototypes k
 
     The paper prints p_s(C_s) = softmax(C_t / tau_s), where C_s is meant. `pairs` is the divisor, P by
-    default. Training averages the losses of all ranks and micro-batches, some of which have no pair: if
-    each divides by the step's mean number of pairs, that average is the mean over all pairs of the step.
+    default. In training it is the mean number of pairs in a micro-batch of the step, so that averaging over
+    ranks and micro-batches gives the mean over all pairs.
     """
     log_p = F.log_softmax(student.float() / temp, dim=-1)                               # (P, K)
     pairs = len(student) if pairs is None else pairs
@@ -184,12 +184,12 @@ def adjacent_loss(student, teacher, temp=0.1, pairs=None):
 
 
 def koleo(x, volume=None):
-    """KoLeo (Sablayrolles et al. 2019, as in DINOv2): CLS tokens (B, D) -> (), small when they spread out.
+    """KoLeo (Sablayrolles et al. 2019): CLS tokens (B, D) -> (), small when they spread out.
 
         L = - mean_i log min_{j != i} || x_i - x_j ||                         for L2-normalised rows
 
-    The rows of all ranks are neighbours. `volume` (B,) are ids; of each id only one row takes part,
-    since slices of one DBT volume are nearly equal, and KoLeo would push apart what DINO-adj pulls
+    As in DINOv2, but neighbours are sought over all ranks, and of rows with the same `volume` id (B,) only
+    one takes part: slices of a DBT volume are nearly equal, and KoLeo would push apart what DINO-adj pulls
     together. A single row has no neighbour and gives 0.
     """
     with torch.autocast(x.device.type, enabled=False):                              # bf16 merges neighbours

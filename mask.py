@@ -1,7 +1,6 @@
 """The breast-tissue mask M (MammoDINO, arXiv 2510.11883, 2.2): which pixels of a mammogram are breast.
 
-Crops and patch masks are drawn where it is True. H W are pixels.
-Copy this file alone; it imports nothing of this repository (only its demonstration does).
+H W are pixels. Copy this file alone; it imports nothing of this repository (only its demonstration does).
 
     $ python mask.py                        # a phantom: the mask against the truth
     $ python mask.py FILE [OUT.png]         # any image: the mask drawn over it, and its share of the image
@@ -15,15 +14,15 @@ from scipy import ndimage
 # ---- the mask (2.2) -------------------------------------------------------------------------------
 
 def tissue(image, percentile=40, kernel=9):
-    """The breast-tissue mask M of a uint8 image, bool (H, W).
+    """The breast-tissue mask M of a prepared uint8 image (3.1), bool (H, W).
 
         theta = percentile(x, tau),   M0 = 1[x > theta],   M = opening(closing(M0))
 
     Closing and opening use a square of kernel x kernel pixels. The paper normalizes x to [0, 1] first,
     which keeps the order of the pixels, so the threshold can be taken on the grey levels themselves.
 
-    The paper does not give tau. A percentile gives every breast the same share of its image, while real
-    shares differ threefold, so pretrain.py asks for `percentile=None`, the `self_tuning` mask.
+    The paper does not give tau; 40 is ours. A percentile makes each breast the same share of its image,
+    but real shares differ threefold. pretrain.py therefore uses `percentile=None`, the `self_tuning` mask.
     Raises ValueError for an image that is not 8-bit grey, an even kernel, a percentile outside 0..100.
     """
     if image.dtype != np.uint8 or image.ndim != 2:
@@ -37,27 +36,27 @@ def tissue(image, percentile=40, kernel=9):
 
 
 def self_tuning(image, kernel=9):
-    """The same mask with a threshold that follows the image. This is our choice, not the paper's."""
+    """Another M: a threshold after Otsu, the largest piece, holes filled. Our choice, not the paper's."""
     # 1. Average f x f pixels, to a shorter side of 192 or more: outlines need no more detail.
     H, W = image.shape
     f = max(1, min(H, W) // 192)
-    image = np.asarray(Image.fromarray(image).reduce(f))
+    small = np.asarray(Image.fromarray(image).reduce(f))
 
     # 2. Threshold a quarter of the way from the air (10th percentile of Otsu's dark class) to Otsu's
     #    threshold. The air is not always 0: film has a grey base, and CLAHE amplifies its noise.
-    split = otsu(image)
-    air = np.percentile(image[image <= split], 10)
-    mask = image > int(air + (split - air) / 4)
+    t = otsu(small)
+    air = np.percentile(small[small <= t], 10)
+    mask = small > int(air + (t - air) / 4)
 
     # 3. Close and open as the paper does, with a kernel that is f times smaller but at least 3.
-    kernel = max(min(3, kernel), kernel // f | 1)                   # | 1 makes it odd
+    kernel = max(min(3, kernel), (kernel // f) | 1)                 # | 1 makes it odd
     mask = opening(closing(mask, kernel), kernel)
 
-    # 4. Open with a sixteenth of the shorter side: labels and film edges come off the breast.
-    wide = max(kernel, min(image.shape) // 16 | 1)
+    # 4. Open with a kernel of 1/16 of the shorter side: labels and film edges come off the breast.
+    wide = max(kernel, (min(small.shape) // 16) | 1)
     core = largest_piece(opening(mask, wide))
 
-    # 5. That rounded the outline; grow the largest piece again, within the mask of step 3.
+    # 5. That rounded the outline. Grow the core back within the mask of step 3.
     mask = largest_piece(mask & dilation(core, wide))
 
     # 6. Fill holes, such as dark fat, and return to the full size.
@@ -71,37 +70,38 @@ def otsu(image):
     pixels, m their first moment and mu the mean of the image."""
     share = np.bincount(image.ravel(), minlength=256) / image.size
     omega, m = share.cumsum(), (share * np.arange(256)).cumsum()    # (256,) each, one entry for every t
-    variance = np.zeros(256)
+    mu, variance = m[-1], np.zeros(256)
     both = (omega > 0) & (omega < 1)                                # neither class is empty
-    variance[both] = (m[-1] * omega[both] - m[both]) ** 2 / (omega[both] * (1 - omega[both]))
-    return int(variance.argmax()) if both.any() else int(image.flat[0])
+    variance[both] = (mu * omega[both] - m[both]) ** 2 / (omega[both] * (1 - omega[both]))
+    return int(variance.argmax()) if both.any() else int(image.flat[0])     # a constant image
 
 
-def overlay(image, tissue):
+def overlay(image, mask):
     """The outline of the mask in yellow over the image, uint8 (H, W, 3)."""
     picture = np.repeat(image[..., None], 3, axis=-1)
-    width = max(3, min(image.shape) // 200 | 1)
-    picture[dilation(tissue, width) & ~erosion(tissue, width)] = (255, 200, 0)
+    width = max(3, (min(image.shape) // 200) | 1)
+    picture[dilation(mask, width) & ~erosion(mask, width)] = (255, 200, 0)
     return picture
 
 
 # ---- morphology -----------------------------------------------------------------------------------
 
 def closing(mask, kernel):
-    """Fills gaps narrower than kernel x kernel, as OpenCV's morphologyEx does."""
+    """Fills gaps narrower than kernel x kernel."""
     return erosion(dilation(mask, kernel), kernel)
 
 
 def opening(mask, kernel):
-    """Removes pieces narrower than kernel x kernel, as OpenCV's morphologyEx does."""
+    """Removes pieces narrower than kernel x kernel."""
     return dilation(erosion(mask, kernel), kernel)
 
 
 def dilation(mask, kernel):
     """True where any pixel of the window around it is. Equals ndimage.binary_dilation with a square of
-    ones, in a fraction of its time: OR with itself, shifted by `span`, doubles the rows of a window."""
+    ones, in a fraction of its time: each OR with itself, shifted, widens the window by `step` rows."""
     for _ in range(2):                                              # rows, then columns
-        window, span = np.pad(mask, ((kernel // 2,) * 2, (0, 0))), 1
+        window = np.pad(mask, ((kernel // 2, kernel // 2), (0, 0)))
+        span = 1                                                    # rows that one of its pixels stands for
         while span < kernel:
             step = min(span, kernel - span)
             window, span = window[:-step] | window[step:], span + step

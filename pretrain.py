@@ -6,11 +6,11 @@
     $ torchrun --nproc-per-node 8 pretrain.py --data PREPARED --resume      # the paper's recipe
 
 The output folder receives log.jsonl (its first line is the configuration) and last.pt (weights,
-optimizer, centres). Whatever goes wrong ends the run with one sentence; the same command with --resume
+optimizer, centres). What a user can mend ends the run with one sentence; the same command with --resume
 goes on from last.pt as if it had never stopped. Plain `python pretrain.py` works as well.
 
 One step, over all ranks and micro-batches:
-    views, masks, slice pairs -> student and teacher tokens -> four losses -> AdamW -> teacher EMA
+    views, masks, slice pairs -> tokens -> four losses -> AdamW moves the student -> centres, teacher EMA
 
 B images of a micro-batch, S s sides of global and local crops, n local crops, N patches, D width,
 E bottleneck, K prototypes, P slice pairs, M masked patches.
@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -56,7 +55,7 @@ class Config:
     Sinkhorn-Knopp); [ours] a choice of this repository."""
     data: str | None = option(None, 'ours', 'folder of prepare.py; or a demo', group='the run')
     out: str = option('runs/pretrain', 'ours', 'folder of this run')
-    small: bool = option(False, 'ours', "the demo's network; warm-up at most a tenth of --steps")
+    small: bool = option(False, 'ours', 'a small network and schedule, for a first run')
     init: str | None = option(None, 'dbt-dino 2.3', 'DINOv2 file or last.pt to begin with')
     resume: bool = option(False, 'ours', 'go on from OUT/last.pt, or start where there is none')
     seed: int = option(0, 'ours', 'a sample is a function of (seed, epoch, index)')
@@ -110,7 +109,7 @@ class Config:
     mask_max: float = option(0.5, 'dinov2', 'm_max, share of the grid of the largest piece')
     tissue_weight: float = option(1.0, 'ours', 'w_t in pi = w_t r + eps')
     mask_eps: float = option(1e-3, 'ours', 'eps in pi = w_t r + eps')
-    d_max: int = option(4, 'paper Fig. 1', 'D_max, largest distance of the slices of a pair')
+    d_max: int = option(4, 'paper Fig. 1', 'D_max, largest distance of a slice pair')
     volume_items: bool = option(False, 'ours', 'an epoch has one random slice per volume, not all')
     blind_crops: bool = option(False, 'paper 3.4', 'crops as in DINOv2, for the ablation')
     blind_masks: bool = option(False, 'paper 3.4', 'patch masks as in DINOv2, for the ablation')
@@ -150,14 +149,13 @@ def defaults(given):
 def student_losses(cfg, student, teacher, center, batch, tau_t, pairs):
     """The four losses of a micro-batch -> terms {name: ()}, and the outputs of the teacher.
 
-    One pass of each network serves all losses, as in DINOv2. The student's global crops have their patch
-    masks on, for DINO-M and KoLeo too; the teacher sees them whole. `student` is wrapped in DDP. `pairs`
-    is the mean number of slice pairs in a micro-batch of this step, the divisor of DINO-adj.
+    One pass of each network serves all losses, as in DINOv2: the student's global crops have their patch
+    masks on, for DINO-M and KoLeo too. `student` is wrapped in DDP. `pairs` is the mean number of slice
+    pairs in a micro-batch of this step, the divisor of DINO-adj.
     """
-    B, P = batch['globals'].shape[1], len(batch['pair'])
     with torch.no_grad():
-        teacher_out = teacher_forward(teacher, batch)
-        targets = center['cls'](teacher_out['logits'], tau_t).unflatten(0, (2, B))      # (2, B, K)
+        teacher_out = teacher(batch, is_student=False)
+        targets = center['cls'](teacher_out['logits'], tau_t)                           # (2, B, K)
         pair_targets = center['cls'](teacher_out['pair_logits'], tau_t)                 # (P, K)
         prototypes_t = teacher.head.last_layer.weight                                   # (K, E)
 
@@ -165,27 +163,18 @@ def student_losses(cfg, student, teacher, center, batch, tau_t, pairs):
         logits = nn.functional.linear(teacher_out['patches'][rows], prototypes_t)       # (rows, K)
         return center['patch'](logits, tau_t)
 
-    # Rows of the student: 2 B global crops, P slices k, n B local crops.
-    cls, logits, patches = student(batch, side=0, masked=True)
-    views = torch.cat([logits[:2 * B], logits[2 * B + P:]]).unflatten(0, (-1, B))       # (2 + n, B, K)
+    out, tau_s = student(batch, is_student=True), cfg.student_temp
+    views = torch.cat([out['logits'], out['local_logits']])                             # (2 + n, B, K)
     masks = batch['masks'].flatten(0, 1)                                                # (2 B, N)
     weight = (1 / masks.sum(1, keepdim=True).clamp_min(1)).expand_as(masks)[masks]      # (M,)
     prototypes_s = student.module.head.last_layer.weight                                # (K, E)
     terms = dict(
-        image=losses.image_loss(views, targets, cfg.student_temp),
-        patch=losses.chunked_patch_loss(patches, prototypes_s, patch_targets, weight, images=2 * B,
-                                        temp=cfg.student_temp),
-        slice=losses.adjacent_loss(logits[2 * B:2 * B + P], pair_targets, cfg.student_temp, pairs),
-        koleo=sum(losses.koleo(view, batch['file']) for view in cls[:2 * B].unflatten(0, (2, B))))
+        image=losses.image_loss(views, targets, tau_s),
+        patch=losses.chunked_patch_loss(out['patches'], prototypes_s, patch_targets, weight,
+                                        images=len(masks), temp=tau_s),
+        slice=losses.adjacent_loss(out['pair_logits'], pair_targets, tau_s, pairs),
+        koleo=sum(losses.koleo(view, batch['file']) for view in out['cls']))
     return terms, teacher_out | dict(targets=targets)
-
-
-def teacher_forward(teacher, batch):
-    """CLS tokens (2 B, D) of the global crops and their logits (2 B, K), logits of slices k' (P, K),
-    embeddings of the patches under the masks (M, E)."""
-    rows = 2 * batch['globals'].shape[1]
-    cls, logits, patches = teacher(batch, side=1)
-    return dict(cls=cls[:rows], logits=logits[:rows], pair_logits=logits[rows:], patches=patches)
 
 
 def total_loss(cfg, terms):
@@ -202,9 +191,11 @@ def move_teacher(teacher, student, momentum):
 
 @torch.no_grad()
 def update_centers(center, teacher, teacher_outs, momentum=None):
-    """Both centres move once per step, towards the mean of the teacher's logits over all micro-batches and
-    ranks. Slice pairs take no part. The mean logits of patches are the logits of their mean embedding."""
-    center['cls'].update(torch.cat([out['logits'] for out in teacher_outs]), momentum=momentum)
+    """The centres of CLS and patch logits move once per step, towards the mean of the teacher's logits over
+    all micro-batches and ranks. Slice pairs use the first but do not move it, since they repeat volumes
+    that have moved it already. The mean logits of patches are the logits of their mean embedding."""
+    logits = torch.cat([out['logits'].flatten(0, 1) for out in teacher_outs])           # (rows, K)
+    center['cls'].update(logits, momentum=momentum)
     patches = [out['patches'] for out in teacher_outs]
     counts = torch.tensor([len(part) for part in patches])
     means = torch.stack([part.sum(0) / max(len(part), 1) for part in patches])          # (micro-batches, E)
@@ -237,22 +228,25 @@ def clip_gradients(student, most):
 # ---- the run --------------------------------------------------------------------------------------
 
 def main(cfg):
-    """One run, from a prepared folder to the last checkpoint. The loop is the algorithm of the paper."""
+    """One run, from a prepared folder to the last checkpoint. The loop is DINOv2's, with the paper's views
+    and slice pairs."""
     rank, ranks, device = setup()
-    accumulate, out = check(cfg, ranks), Path(cfg.out)
+    accumulate = check(cfg, ranks)
+    out = Path(cfg.out)
     data = Slices(cfg, cfg.data) if cfg.data else None      # what is wrong so far leaves no folder behind
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        held = lock(out)                                    # noqa: F841, until the process ends
+        lock_file = lock(out)                               # noqa: F841, open until the process ends
         if not cfg.data:
             phantom.dataset(out / 'phantoms', demo_volumes(cfg))
     dist.barrier()
-    data = data or Slices(cfg, out / 'phantoms')
+    if data is None:
+        data = Slices(cfg, out / 'phantoms')
 
     student, teacher = networks(cfg, device)
     center = {kind: losses.Center(cfg.prototypes, cfg.center_momentum) for kind in ('cls', 'patch')}
     center = nn.ModuleDict(center).to(device)
-    groups = vit.param_groups(student, cfg.lr, cfg.wd, cfg.layer_decay)
+    groups = vit.param_groups(student, cfg.lr, cfg.wd, cfg.layer_decay)     # rates are set in every step
     optimizer = torch.optim.AdamW(groups, fused=True)
     parts = dict(student=student, teacher=teacher, center=center, optimizer=optimizer)
     start, log = resume(cfg, parts, data)
@@ -269,9 +263,9 @@ def main(cfg):
     stream = iter(DataLoader(data, batch_sampler=micro_batches(cfg, start, rank, ranks, accumulate),
                              collate_fn=collate, num_workers=cfg.workers, pin_memory=cuda,
                              worker_init_fn=ignore_signals, timeout=1800 if cfg.workers else 0))
-    signals = []                                            # of a scheduler, or Ctrl-C
+    signals, stopping = [], False                           # of a scheduler, or Ctrl-C
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signals.append(number))
+        signal.signal(number, lambda received, _: signals.append(received))
     if rank == 0:
         print(introduction(cfg, data, student, ranks, accumulate, device, bf16), flush=True)
 
@@ -282,20 +276,17 @@ def main(cfg):
         torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]))
         now = schedules(cfg, step)
         set_rates(optimizer, now, frozen=step < cfg.freeze_last_layer)
+        batches, pairs = fetch(stream, accumulate, ranks, device)
 
-        # The micro-batches of this step travel to the device as bytes.
-        micro = [to_device(next(stream), device) for _ in range(accumulate)]
-        pairs = sum_over_ranks(sum(len(batch['pair']) for batch in micro), device).item()
-        pairs /= ranks * accumulate                         # of a mean micro-batch
-
-        # The centres start at the mean of the first batch. From 0, a few prototypes would win at once.
+        # The centres start at the mean of the first batch. From 0, as in DINO, a few prototypes would win.
         if step == 0:
             with torch.no_grad(), amp:
-                update_centers(center, teacher, [teacher_forward(teacher, b) for b in micro], 0)
+                teacher_outs = [teacher(batch, is_student=False) for batch in batches]
+            update_centers(center, teacher, teacher_outs, momentum=0)
 
         # Forward and backward. DDP averages the gradients over ranks once, with the last micro-batch.
         values, teacher_outs = [], []
-        for i, batch in enumerate(micro):
+        for i, batch in enumerate(batches):
             with ddp.no_sync() if i < accumulate - 1 else nullcontext():
                 with amp:
                     terms, teacher_out = student_losses(cfg, ddp, teacher, center, batch,
@@ -305,11 +296,12 @@ def main(cfg):
             values.append(torch.stack([loss, *terms.values()]).detach())
             teacher_outs.append(teacher_out)
 
-        # A step that is not finite is not taken.
+        # Clip the gradients. A step that is not finite is not taken.
         means = (sum_over_ranks(torch.stack(values).mean(0), device) / ranks).tolist()
-        line = dict(zip(('total', *terms), means), grad_norm=clip_gradients(student, cfg.clip))
+        line = dict(zip(('step', 'total', *terms), (step, *means)))
+        line['grad_norm'] = clip_gradients(student, cfg.clip)
         if not all(map(math.isfinite, line.values())):
-            raise ValueError(f'step {step}: not finite: {line}; --resume with a lower --lr')
+            raise ValueError(f'not finite: {line}; lower --lr, in another --out')
 
         # AdamW moves the student; the centres and the teacher follow.
         optimizer.step()
@@ -319,15 +311,14 @@ def main(cfg):
 
         # Write the log, and a checkpoint if one is due or any rank was asked to stop.
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
-            health = diagnose(cfg, micro, terms, teacher_out)
-            write_log(cfg, log, bar, dict(step=step) | line | now | health)
+            write_log(cfg, log, bar, line | now | diagnose(cfg, batches, terms, teacher_out))
         stopping = bool(sum_over_ranks(len(signals), device))
         checkpoint(cfg, step + 1, parts, data, log, stopping)
         if stopping:
             break
 
     bar.close()
-    if rank == 0 and stopping:
+    if rank == 0 and stopping and step + 1 < cfg.steps:
         print(f'stopped after step {step}, as asked; the same command with --resume goes on')
     elif rank == 0:
         if not cfg.data and cfg.test_phantoms:
@@ -340,10 +331,10 @@ def main(cfg):
 
 def check(cfg, ranks):
     """-> micro-batches per rank and step. ValueError for flags that do not fit together."""
-    if cfg.small or not cfg.data:
+    if cfg.small or not cfg.data:                           # a short run warms up for a tenth of it
         cfg.warmup = min(cfg.warmup, cfg.steps // 10)
-    late = ('warmup', 'freeze_last_layer', 'teacher_temp_steps')
-    late = [f'--{name} {getattr(cfg, name)}' for name in late if getattr(cfg, name) >= cfg.steps]
+    names = ('warmup', 'freeze_last_layer', 'teacher_temp_steps')
+    late = [f'--{name} {getattr(cfg, name)}' for name in names if getattr(cfg, name) >= cfg.steps]
     if late:
         raise ValueError(f"--steps {cfg.steps} must exceed {', '.join(late)}; --small does that")
     if cfg.size % cfg.patch or cfg.local_size % cfg.patch or cfg.width % cfg.heads:
@@ -353,8 +344,8 @@ def check(cfg, ranks):
     if micro < 1 or cfg.batch % (micro * ranks):
         raise ValueError(f'--batch {cfg.batch} does not divide into {ranks} ranks x --micro_batch '
                          f'{cfg.micro_batch}; choose a multiple of {ranks * cfg.micro_batch}')
-    held = any(Path(cfg.out, name).exists() for name in ('last.pt', 'log.jsonl'))
-    if held and not cfg.resume and cfg.out != DEMO['out']:
+    exists = any(Path(cfg.out, name).exists() for name in ('last.pt', 'log.jsonl'))
+    if exists and not cfg.resume and cfg.out != DEMO['out']:
         raise ValueError(f'{cfg.out} holds a run; add --resume to go on, or choose another --out')
     return cfg.batch // (micro * ranks)
 
@@ -378,8 +369,9 @@ def introduction(cfg, data, student, ranks, accumulate, device, bf16):
 # ---- the stream of samples ------------------------------------------------------------------------
 
 class Slices(Dataset):
-    """Every slice of a prepared folder, as an endless stream of samples. Item i belongs to epoch i // n and
-    depends on nothing but (seed, epoch, index), neither on the rank nor on the data worker.
+    """Every slice of a prepared folder (a mammogram has one), as an endless stream of samples. Item i belongs
+    to epoch i // len(self) and depends on nothing but the seed, the epoch and the slice, neither on the
+    rank nor on the data worker.
 
     Item i -> dict: globals (2, S, S), locals (n, s, s) and pair (1, 2, S, S), or (0, 2, S, S) without a
     neighbour, uint8; masks (2, N) bool; file; relaxed (2,), how many crops and masks had to lower rho.
@@ -395,7 +387,7 @@ class Slices(Dataset):
         small = [row for row in rows if min(int(row['height']), int(row['width'])) < cfg.local_size]
         if small or not rows:
             raise ValueError(f'{index}: {len(small)} of {len(rows)} images are smaller than '
-                             f'--local_size {cfg.local_size}; lower it, or prepare with more --side')
+                             f'--local_size {cfg.local_size}; lower it, or raise prepare.py --side')
         self.cfg, self.folder = cfg, str(folder)
         self.digest = hashlib.sha256(index.read_bytes()).hexdigest()
         self.paths = np.array([os.fsencode(row['path']) for row in rows])   # one array: workers share it
@@ -421,7 +413,7 @@ class Slices(Dataset):
 
     def sample(self, rng, file, k):
         """The views, patch masks and slice pair of one slice."""
-        cfg, K, image = self.cfg, int(self.counts[file]), self.load(file, k)
+        cfg, slices, image = self.cfg, int(self.counts[file]), self.load(file, k)
         tissue = mask.tissue(image, cfg.percentile, cfg.kernel)
         out = sampler.views(
             rng, image, tissue, cfg.size, cfg.local_size, cfg.locals, cfg.patch, cfg.global_scale,
@@ -439,15 +431,15 @@ class Slices(Dataset):
             masks_relaxed += info['relaxed']
 
         pair = np.empty((0, 2, cfg.size, cfg.size), np.uint8)
-        if K > 1 and cfg.slice_weight:                      # on tissue also under --blind_crops (2.4)
-            neighbour = self.load(file, sampler.slice_pair(rng, k, K, cfg.d_max))
+        if slices > 1 and cfg.slice_weight:                 # on tissue also under --blind_crops (2.4)
+            neighbour = self.load(file, sampler.slice_pair(rng, k, slices, cfg.d_max))
             pair = sampler.pair_views(rng, image, neighbour, tissue, cfg.size, cfg.global_scale,
                                       rho=cfg.min_coverage)[None]
         return dict(globals=out['globals'], locals=out['locals'], masks=np.stack(masks), pair=pair,
                     relaxed=np.array([out['relaxed'].sum(), masks_relaxed]))
 
 
-@functools.lru_cache(2)
+@functools.lru_cache(2)                                     # a batch may lie in two epochs
 def epoch_order(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
@@ -472,14 +464,20 @@ def micro_batches(cfg, start, rank, ranks, accumulate):
             yield range(first, first + micro)
 
 
-def ignore_signals(worker):
+def ignore_signals(_):
     """SIGTERM and Ctrl-C reach every process of a job; data workers go on until the step is finished."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def to_device(batch, device):
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+def fetch(stream, accumulate, ranks, device):
+    """-> the micro-batches of a step, sent to the device as bytes, and how many slice pairs a micro-batch of
+    this step has on average over all ranks."""
+    batches = [next(stream) for _ in range(accumulate)]
+    pairs = sum_over_ranks(sum(len(batch['pair']) for batch in batches), device).item()
+    for batch in batches:
+        batch.update({name: x.to(device, non_blocking=True) for name, x in batch.items()})
+    return batches, pairs / (ranks * accumulate)
 
 
 # ---- student and teacher --------------------------------------------------------------------------
@@ -493,18 +491,27 @@ class Network(nn.Module):
         width = backbone.config['width']
         self.head = losses.Head(width, cfg.prototypes, cfg.hidden, cfg.bottleneck)
 
-    def forward(self, batch, side, masked=False):
-        """Rows are the 2 B global crops, then P slices k (side 0, for the student) or k' (side 1, for the
-        teacher), then, if `masked`, the n B local crops. -> CLS tokens (rows, D), their logits (rows, K),
-        embeddings of the patches under the masks (M, E). `masked` is the student, who sees the mask token
-        there and has to guess what the teacher sees."""
+    def forward(self, batch, is_student):
+        """A micro-batch -> dict of cls (2, B, D) and logits (2, B, K) of the global crops, pair_logits
+        (P, K), local_logits (n, B, K), and patches (M, E), embeddings of the patches under the masks.
+
+        The student sees slice k of each pair, the local crops, and the mask token in place of the patches
+        under the masks. The teacher sees slice k', no local crops, and everything that the masks hide.
+        """
+        B, P = batch['globals'].shape[1], len(batch['pair'])
+        pair = batch['pair'][:, 0 if is_student else 1]                                 # (P, S, S)
+        crops = torch.cat([pixels(batch['globals']), pixels(pair)])                     # (2 B + P, 1, S, S)
         masks = batch['masks'].flatten(0, 1)                                            # (2 B, N)
-        masks = torch.cat([masks, masks.new_zeros(len(batch['pair']), masks.shape[1])])
-        crops = torch.cat([pixels(batch['globals']), pixels(batch['pair'][:, side])])   # (2 B + P, 1, S, S)
-        cls, patches = self.backbone(crops, masks if masked else None)
-        if masked and len(batch['locals']):
-            cls = torch.cat([cls, self.backbone(pixels(batch['locals']))[0]])
-        return cls, self.head(cls), self.head.embed(patches[masks])
+        masks = torch.cat([masks, masks.new_zeros(P, masks.shape[1])])                  # none on slices
+        cls, patches = self.backbone(crops, masks if is_student else None)
+        if is_student and len(batch['locals']):
+            cls = torch.cat([cls, self.backbone(pixels(batch['locals']))[0]])           # + n B rows
+        logits = self.head(cls)
+        return dict(cls=cls[:2 * B].unflatten(0, (2, B)),
+                    logits=logits[:2 * B].unflatten(0, (2, B)),
+                    pair_logits=logits[2 * B:2 * B + P],
+                    local_logits=logits[2 * B + P:].unflatten(0, (-1, B)),
+                    patches=self.head.embed(patches[masks]))
 
 
 def pixels(crops):
@@ -517,17 +524,17 @@ def networks(cfg, device):
     torch.manual_seed(cfg.seed)
     names = ('size', 'patch', 'width', 'depth', 'heads', 'registers')
     shape = {name: getattr(cfg, name) for name in names}
-    given = vit.load(cfg.init) if cfg.init else None
-    if given:
-        wrong = [name for name in names[1:] if given.config[name] != shape[name]]
+    loaded = vit.load(cfg.init) if cfg.init else None
+    if loaded:
+        wrong = [name for name in names if name != 'size' and loaded.config[name] != shape[name]]
         if wrong:
-            flags = ' '.join(f'--{name} {given.config[name]}' for name in wrong)
+            flags = ' '.join(f'--{name} {loaded.config[name]}' for name in wrong)
             raise ValueError(f'{cfg.init} is another encoder; it takes {flags}')
-        shape = given.config | dict(size=cfg.size)
+        shape = loaded.config | dict(size=cfg.size)
     backbone = vit.ViT(**shape, drop_path=cfg.drop_path, layerscale=cfg.layerscale)
-    if given:                                               # its positions, interpolated to --size
+    if loaded:                                              # its positions, interpolated to --size
         grid = cfg.size // cfg.patch
-        backbone.load_state_dict(given.state_dict() | dict(pos_embed=given.positions(grid, grid)))
+        backbone.load_state_dict(loaded.state_dict() | dict(pos_embed=loaded.positions(grid, grid)))
     student, teacher = Network(cfg, backbone), Network(cfg, vit.ViT(**shape))
     teacher.load_state_dict(student.state_dict())
     return student.to(device), teacher.to(device).requires_grad_(False).eval()
@@ -572,7 +579,7 @@ def checkpoint(cfg, step, parts, data, log, stopping):
         return
     weights = [*parts['student'].parameters(), *parts['teacher'].parameters()]
     if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
-        raise ValueError(f'step {step}: weights that are not finite; --resume with a lower --lr')
+        raise ValueError(f'step {step}: weights that are not finite; lower --lr, in another --out')
     if log:
         os.fsync(log.fileno())                              # no checkpoint outlives the lines before it
         state = dict(step=step, config=asdict(cfg), vit=parts['teacher'].backbone.config,
@@ -589,12 +596,12 @@ def write_log(cfg, log, bar, line):
     print(json.dumps(line | dict(time=time.time())), file=log, flush=True)
     shown = ('total', 'image', 'patch', 'slice', 'koleo')
     bar.set_postfix({name: f'{line[name]:.3f}' for name in shown})
-    log_k, learnt = math.log(cfg.prototypes), line['step'] >= cfg.warmup
-    if learnt and line['teacher_entropy'] < 0.01 * log_k:
-        warn('every image goes to one prototype (collapse): lower --lr, raise --teacher_temp_start')
-    if learnt and line['teacher_entropy'] > 0.999 * log_k and line['kl'] < 1e-3:
+    log_k, warm = math.log(cfg.prototypes), line['step'] >= cfg.warmup
+    if warm and line['teacher_entropy'] < 0.01 * log_k:
+        warn('every image goes to one prototype (collapse): lower --lr, raise the --teacher_temps')
+    if warm and line['teacher_entropy'] > 0.999 * log_k and line['kl'] < 1e-3:
         warn('every image goes to all prototypes (collapse): lower --teacher_temp or --lr')
-    if learnt and line['cls_spread'] < 0.01:
+    if warm and line['cls_spread'] < 0.01:
         warn('the CLS tokens of all images are alike (collapse): lower --lr')
     if line['relaxed'] > 0.5:
         warn('most crops did not reach rho: look at `python mask.py FILE`, or lower --min_coverage')
@@ -605,25 +612,25 @@ def warn(sentence):
     tqdm.write(f'warning: {sentence}', file=sys.stderr)
 
 
-def diagnose(cfg, micro, terms, teacher_out):
-    """What shows a collapse first, from the last micro-batch of all ranks, and what the sampler gave up.
+def diagnose(cfg, batches, terms, teacher_out):
+    """What shows a collapse first, from the last micro-batch of all ranks.
 
     teacher_entropy: 0 means one prototype for all images, log K no preference. kl: the cross-entropy less
-    that. cls_spread: deviation of the unit CLS tokens, 0 if all are alike, at most 1. relaxed and
-    masks_relaxed: share of crops and masks that had to lower rho. peak_memory: GiB of GPU or process.
+    that. cls_spread: deviation of the unit CLS tokens, 0 if all are alike, at most 1. Besides, relaxed and
+    masks_relaxed: share of the step's crops and masks that had to lower rho; gpu_memory: GiB at most.
     """
     p = teacher_out['targets']                                                          # (2, B, K)
     entropy = -(p * torch.log(p.clamp_min(1e-12))).sum(-1).mean()
     both = sum_over_ranks(torch.stack([entropy, terms['image'] - entropy]), p.device)
     entropy, kl = (both / dist.get_world_size()).tolist()
-    cls = nn.functional.normalize(losses.gather(teacher_out['cls'].float()), dim=-1)    # (ranks * 2 B, D)
-    crops, masks = sum_over_ranks(sum(batch['relaxed'] for batch in micro), p.device).tolist()
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss                      # bytes on a Mac
-    memory = torch.cuda.max_memory_allocated() if p.is_cuda else 1024 * kibibytes
+    cls = losses.gather(teacher_out['cls'].flatten(0, 1).float())                       # (ranks * 2 B, D)
+    cls = nn.functional.normalize(cls, dim=-1)
+    crops, masks = sum_over_ranks(sum(batch['relaxed'] for batch in batches), p.device).tolist()
+    memory = torch.cuda.max_memory_allocated() if p.is_cuda else 0
     return dict(teacher_entropy=entropy, kl=kl, cls_spread=cls.std(0).norm().item(),
                 effective_rank=metrics.effective_rank(cls.cpu().numpy()),
                 relaxed=crops / (cfg.batch * (2 + cfg.locals)),
-                masks_relaxed=masks / (2 * cfg.batch), peak_memory=memory / 2 ** 30)
+                masks_relaxed=masks / (2 * cfg.batch), gpu_memory=memory / 2 ** 30)
 
 
 def sum_over_ranks(value, device):
@@ -649,8 +656,8 @@ def prepared(example):
 def report(cfg, encoders, device):
     """The density of breasts that the demo never saw, by leave-one-out k-NN on their CLS tokens, beside grey
     levels. Prints a table, writes report.json, views.png and attention.png."""
-    n, out, rng = cfg.test_phantoms, Path(cfg.out), np.random.default_rng
-    unseen = [phantom.breast(rng([cfg.seed, i, 0, 2])) for i in range(n)]
+    n, out = cfg.test_phantoms, Path(cfg.out)
+    unseen = [phantom.breast(np.random.default_rng([cfg.seed, i, 0, 2])) for i in range(n)]
     pictures = [prepared(x)[0] for x in unseen]
     density = np.array([x.density for x in unseen])
     deciles = [np.percentile(x[p.tissue], range(10, 100, 10)) for x, p in zip(pictures, unseen)]
@@ -665,7 +672,7 @@ def report(cfg, encoders, device):
         right[name] = (metrics.knn(s, density).argmax(1) == density).astype(float)
         rows[name] = right[name].mean()
     gain = right['trained teacher'] - right['random init']
-    low, high = metrics.bootstrap(np.mean, [gain], np.arange(n), rng(0))
+    low, high = metrics.bootstrap(np.mean, [gain], np.arange(n), np.random.default_rng(0))
     print(f'\ndensity of {n} unseen phantoms by k-NN, share right')
     print('\n'.join(f'  {name:20} {value:.3f}' for name, value in rows.items()))
     print(f'trained - random init: {gain.mean():+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]\n'
@@ -673,18 +680,19 @@ def report(cfg, encoders, device):
     result = dict(rows=rows, gain=gain.mean(), interval=[low, high])
     (out / 'report.json').write_text(json.dumps(result, indent=1))
 
-    image = prepared(phantom.breast(rng(8), width=288, lesion=True))[0]
-    sheet = sampler.contact_sheet(rng(1), image, mask.tissue(image, None), rho=cfg.min_coverage)
-    sheet.save(out / 'views.png')
-    rows = []
+    rng = np.random.default_rng(8)
+    image = prepared(phantom.breast(rng, width=288, lesion=True))[0]
+    tissue, rng = mask.tissue(image, percentile=None), np.random.default_rng(1)
+    sampler.contact_sheet(rng, image, tissue, rho=cfg.min_coverage).save(out / 'views.png')
+    sheet = []
     for seed in (4, 6):
-        image = prepared(phantom.breast(rng(seed), lesion=True))[0]
+        image = prepared(phantom.breast(np.random.default_rng(seed), lesion=True))[0]
         size = [length // cfg.patch * cfg.patch for length in image.shape]
-        rows.append([(mask.overlay(image, mask.tissue(image, None)), 'image, tissue mask')])
+        sheet.append([(mask.overlay(image, mask.tissue(image, None)), 'image, tissue mask')])
         for name, network in encoders.items():
             heats = zip(('feature', 'attention'), vit.heatmaps(network.backbone.cpu(), image, size))
-            rows[-1] += [(vit.overlay(image, heat), f'{name}: {kind}') for kind, heat in heats]
-    sampler.sheet(rows).save(out / 'attention.png')
+            sheet[-1] += [(vit.overlay(image, heat), f'{name}: {kind}') for kind, heat in heats]
+    sampler.sheet(sheet).save(out / 'attention.png')
 
 
 @torch.no_grad()

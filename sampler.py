@@ -4,12 +4,13 @@
     patch_mask(rng, grid, m, rho)        m patches of a crop for iBOT-M, mostly on tissue
     pair_views(rng, a, b, tissue)        the same window of two neighbouring slices of a DBT volume
 
-An image is uint8 (H, W), its tissue mask bool (H, W). With an all-true mask these are DINOv2's own crops
-and masks, the baseline of the paper's ablation. Boxes are (y0, x0, y1, x1) in whole pixels, end
-exclusive. `rng` is a numpy Generator; the same state gives the same sample.
+An image is uint8 (H, W), its tissue mask bool (H, W). With an all-true mask, crops and masks follow DINOv2's
+distributions, the baseline of the paper's ablation, but every mask has exactly m patches. Boxes are
+(y0, x0, y1, x1) in whole pixels, end exclusive. `rng` is a numpy Generator; the same state gives the
+same sample.
 
-H W pixels, S s sides of global and local crops, h w patch grid, N = h * w patches, K slices.
-Copy this file alone; it imports nothing of this repository (only its demonstration does).
+H W pixels of the image, S s sides of global and local crops, K slices; h w is the patch grid of a crop, in
+windows their pixels. Copy this file alone; it imports nothing of this repository (its demonstration does).
 
     $ python sampler.py [FILE] [OUT.png]        # tissue-aware sampling above uniform sampling
 """
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-TRIES = 50          # with the full minimum coverage rho; after as many more it has fallen to 0
+TRIES = 50          # at the full minimum coverage rho, then as many while it falls to 0
 
 
 # ---- crops on tissue (2.2) ------------------------------------------------------------------------
@@ -47,8 +48,8 @@ def crop_box(rng, tissue, scale, ratio, rho):
         pixel = tissue_pixel(rng, tissue)
         y, x = pixel or (rng.integers(H), rng.integers(W))
 
-        # The pixel keeps its relative place: a third down the image, it is a third down the window. So the
-        # window stays inside, and if everything is tissue its place is uniform, as in DINOv2.
+        # A pixel a third down the image lies a third down the window (ours; the paper may centre it). So
+        # the window stays inside, and if everything is tissue its place is uniform, as in DINOv2.
         y0 = int((y + rng.random()) * (H - h + 1) / H)
         x0 = int((x + rng.random()) * (W - w + 1) / W)
         box = y0, x0, y0 + h, x0 + w
@@ -85,18 +86,18 @@ def tissue_pixel(rng, tissue):
 def cut(image, box, size):
     """A window of a uint8 image, resized to size (h, w) by antialiased bicubic interpolation.
 
-    Rows first, then columns, so that each pass reads what is near in memory. Equals Pillow's result to
-    one grey level (two if enlarged several times). Beside sharp white edges, where the kernel overshoots
-    0..255 and is clipped between the passes, ten: Pillow takes the passes in the other order.
+    The height first, then the width. Equals Pillow's result to one grey level (two if enlarged several
+    times). Near sharp white edges, where values are clipped between the two passes, it can differ by ten
+    grey levels, since Pillow takes the width first.
     """
     y0, x0, y1, x1 = box
     window, (h, w) = image[y0:y1, x0:x1], size
     if h > y1 - y0 or w > x1 - x0:                                  # enlarged: Pillow's order
-        return resize_columns(resize_columns(window.T, w).T, h)
-    return np.ascontiguousarray(resize_columns(resize_columns(window, h).T, w).T)
+        return resize_height(resize_height(window.T, w).T, h)
+    return np.ascontiguousarray(resize_height(resize_height(window, h).T, w).T)
 
 
-def resize_columns(image, height):
+def resize_height(image, height):
     """uint8 (H, W) -> (height, W). F.interpolate has a fast path for images of four interleaved channels,
     so four neighbouring columns become the channels of one pixel. It takes a third of the time."""
     H, W = image.shape
@@ -117,7 +118,7 @@ def tissue_grid(tissue, box, h, w):
 # ---- photometry: DINOv2's, for grey images --------------------------------------------------------
 
 def jitter_table(rng, histogram, brightness, contrast):
-    """Brightness and contrast by factors 1 +- b and 1 +- c in random order, as a table of 256 greys.
+    """Brightness and contrast by factors 1 +- brightness and 1 +- contrast, in random order, as a table.
 
     On a grey image hue and saturation change nothing, so this is all of DINOv2's ColorJitter, and a table
     is exact. Contrast turns about the mean of the view, which its histogram (256,) gives.
@@ -127,7 +128,7 @@ def jitter_table(rng, histogram, brightness, contrast):
         if operation == 0:
             table = table * rng.uniform(1 - brightness, 1 + brightness)
         else:
-            mean = int((histogram * table).sum() / max(histogram.sum(), 1) + 0.5)       # whole, as in Pillow
+            mean = int((histogram * table).sum() / max(histogram.sum(), 1) + 0.5)       # rounded: Pillow
             table = mean + (table - mean) * rng.uniform(1 - contrast, 1 + contrast)
         table = np.floor(table.clip(0, 255))
     return table.astype(np.uint8)
@@ -157,9 +158,9 @@ def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scal
         boxes   (2 + locals, 4) int and relaxed (2 + locals,) bool, globals first
 
     jitter, blurs (first global, second global, locals), solarizes (second global only) and flip are
-    probabilities. `placement` is the mask that places the windows, `tissue` by default. The blur comes
-    last, so that all other photometry is one table; DINOv2 solarizes after it. Raises ValueError for an
-    image that is not uint8 and for masks of another shape.
+    probabilities. `placement` is the mask that places the windows, `tissue` by default (all true: DINOv2's
+    crops). The blur comes last, so that all other photometry is one table; DINOv2 solarizes after it.
+    Raises ValueError for an image that is not uint8 and for masks of another shape.
     """
     placement = tissue if placement is None else placement
     if image.dtype != np.uint8 or not image.shape == tissue.shape == placement.shape:
@@ -200,34 +201,39 @@ def patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0.3), wei
 
     Pieces (blocks of patches) are added until m patches are masked. For each piece:
 
-        draw a target area a_t in [m_min, m_max] and a shape; `ratio` is the range of height / width
+        draw a target area a_t in [m_min, m_max], at most what is missing, and a shape, height / width in
+            the range `ratio`
         score every corner where it fits by its tissue coverage r, discard those with r < rho
         draw one of the rest with weight pi = w_t r + eps
-        accept it if it masks 0 < new <= min(m_max, m - c) further patches, c being masked so far
+        accept it if it masks 0 < new <= min(m_max, missing) further patches, missing = m - c in the paper
 
-    Every ten refusals in a row lower rho by a tenth of its first value, and after two hundred single
-    patches take the last few places. m_max is half of the grid by default. `info`, a dict, receives
-    `relaxed`, whether rho had to fall. Raises ValueError for m outside 0..h*w and eps below 1e-12, with
-    which patches without tissue could never be masked.
+    Ten refusals in a row, for want of a corner or for overlap, lower rho for good by a tenth of its first
+    value; after 200, single patches fill the rest. The paper relaxes rho "linearly" and says no more.
+    m_max is half of the grid by default. `info`, a dict, receives `relaxed`, whether rho had to fall.
+    Raises ValueError for m outside 0..h*w, and for eps below 1e-12, which could never mask a patch of air.
     """
     h, w = grid.shape
     if not 0 <= m <= h * w or eps < 1e-12:
         raise ValueError(f'{m} patches to mask, eps {eps}; expected 0..{h * w} and at least 1e-12')
     m_max = max(h * w // 2 if m_max is None else m_max, m_min)
-    integral = np.pad(grid.cumsum(0).cumsum(1), ((1, 0), (1, 0)))   # the sum of any block in four reads
-    mask, floor, refusals = np.zeros((h, w), bool), rho, 0
+    # A summed-area table gives the sum of any block from four entries; in float64, or eps would be lost.
+    table = np.pad(grid.cumsum(0, dtype=float).cumsum(1), ((1, 0), (1, 0)))             # (h + 1, w + 1)
+    mask, floor, refusals, missing = np.zeros((h, w), bool), rho, 0, m
 
-    while (missing := m - np.count_nonzero(mask)) and refusals <= 200:
+    while missing and refusals < 200:
         bh, bw = piece_size(rng, h, w, min(m_min, missing), min(m_max, missing), ratio)
-        r = integral[bh:, bw:] - integral[:-bh, bw:] - integral[bh:, :-bw] + integral[:-bh, :-bw]
+        r = table[bh:, bw:] - table[:-bh, bw:] - table[bh:, :-bw] + table[:-bh, :-bw]
         r = r.clip(0) / (bh * bw)                                   # (h - bh + 1, w - bw + 1) corners
-        pi = np.where(r >= floor, weight * r + eps, 0).ravel().cumsum()
-        if pi[-1] > 0:
-            y, x = divmod(int(np.searchsorted(pi, rng.random() * pi[-1], side='right')), r.shape[1])
-            piece = mask[y:y + bh, x:x + bw]
-            if 0 < np.count_nonzero(~piece) <= min(m_max, missing):
+        pi = np.where(r >= floor, weight * r + eps, 0)
+        total = pi.ravel().cumsum()
+        if total[-1] > 0:
+            corner = int(np.searchsorted(total, rng.random() * total[-1], side='right'))
+            y, x = divmod(corner, pi.shape[1])
+            piece = mask[y:y + bh, x:x + bw]                        # a view into the mask
+            new = np.count_nonzero(~piece)
+            if 0 < new <= min(m_max, missing):
                 piece[:] = True
-                refusals = 0
+                missing, refusals = missing - new, 0
                 continue
         refusals += 1
         if refusals % 10 == 0:
@@ -264,8 +270,8 @@ def pair_views(rng, slice_a, slice_b, tissue, size=518, scale=(0.5, 1.0), ratio=
                rho=0.3, brightness=0.1, contrast=0.1, flip=0.5):
     """One tissue-aware window of two slices, uint8 (2, S, S); `tissue` is that of slice_a.
 
-    The paper calls the transform "conservative" and says no more. We read: the same window and flip for
-    both slices, slight brightness and contrast for each, no blur, no solarization.
+    The paper: the sampler T of 2.2, "conservative", "to preserve correspondence". We read: the same window
+    and flip for both slices, slight brightness and contrast for each, no blur, no solarization.
     """
     box, _ = crop_box(rng, tissue, scale, ratio, rho)
     mirror = slice(None, None, -1 if rng.random() < flip else 1)

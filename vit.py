@@ -1,4 +1,4 @@
-"""The encoder: a Vision Transformer exactly as in DINOv2 (MammoDINO 3.2: ViT-B/14 at 518x518).
+"""The encoder: the Vision Transformer of DINOv2, for grey images (MammoDINO 3.2: ViT-B/14 at 518x518).
 
 Images (B, C, H, W) in [0, 1] become CLS tokens (B, D) and patch tokens (B, N, D); H and W are any
 multiples of the patch. `load` reads the official DINOv2 files, whose parameter names are kept.
@@ -33,16 +33,16 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 class ViT(nn.Module):
     """The network of DINOv2. `size`: side in pixels of the square that `pos_embed` is made for.
-    `offset`, `antialias`: how positions are interpolated. DINOv2 with registers uses (0, True),
-    without them (0.1, False); a network must keep what it was trained with. `drop_path`:
-    probability of stochastic depth, the same in every block. `layerscale`: initial gamma."""
+    `offset`, `antialias`: how positions are interpolated. DINOv2 with registers uses (0, True), as
+    our own networks do, without them (0.1, False); a network keeps what it was trained with.
+    `drop_path`: probability of stochastic depth, the same in every block. `layerscale`: initial gamma."""
 
     def __init__(self, size=518, patch=14, width=768, depth=12, heads=12, channels=1, registers=0,
                  drop_path=0.0, offset=0.0, antialias=True, layerscale=1e-5):
         super().__init__()
         if size % patch or width % heads:
             raise ValueError(f'size {size}, width {width}: give multiples of {patch=}, {heads=}')
-        # what checkpoints store; drop_path and layerscale matter in training only
+        # What checkpoints store; drop_path and layerscale matter in training only.
         self.config = dict(size=size, patch=patch, width=width, depth=depth, heads=heads,
                            channels=channels, registers=registers, offset=offset,
                            antialias=antialias)
@@ -51,6 +51,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid ** 2, width))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, width))
+        # The dicts here and in Block keep the parameter names of DINOv2's files.
         self.patch_embed = nn.ModuleDict({'proj': nn.Conv2d(channels, width, patch, patch)})
         self.blocks = nn.ModuleList(Block(width, heads, drop_path, layerscale)
                                     for _ in range(depth))
@@ -80,11 +81,11 @@ class ViT(nn.Module):
         p, h, w = self.patch, H // self.patch, W // self.patch
         if H % p or W % p:
             raise ValueError(f'image of {H}x{W} pixels: expected multiples of the patch, {p}')
-        # One would call proj(x); as stride and kernel are equal, that is one matrix product.
+        # Usually one calls proj(x). As stride and kernel are equal, it is one matrix product: faster.
         x = x.view(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5)              # (B, h, w, C, p, p)
         proj = self.patch_embed['proj']
         x = F.linear(x.reshape(B, h * w, -1), proj.weight.flatten(1), proj.bias)    # (B, N, D)
-        # masked before positions are added: the network sees where a hidden patch lies (2.3, iBOT)
+        # Masked before positions are added, so the network sees where a hidden patch lies (iBOT).
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1) + self.positions(h, w)
@@ -99,8 +100,8 @@ class ViT(nn.Module):
             return self.pos_embed
         cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:].float()
         grid = grid.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)    # (1, D, grid, grid)
-        # One would give the size. DINOv2 without registers gave factors, (h + 0.1) / grid against
-        # rounding, and PyTorch samples in steps of such a factor: other values at the same size.
+        # Usually one gives the size. DINOv2 without registers gave factors, (h + 0.1) / grid, which
+        # PyTorch takes for the distance between samples: other values at the same size.
         factors = [(length + self.offset) / self.grid for length in (h, w)]
         target = dict(scale_factor=factors) if self.offset else dict(size=(h, w))
         grid = F.interpolate(grid, **target, mode='bicubic', antialias=self.antialias)
@@ -112,7 +113,7 @@ class ViT(nn.Module):
         h, w = x.shape[-2] // self.patch, x.shape[-1] // self.patch
         *blocks, last = self.blocks
         x = nn.Sequential(*blocks)(self.embed(x))                           # (B, T, D)
-        q, k, _ = last.attn.split(last.norm1(x))                            # (B, n, T, d) each
+        q, k, _ = last.attn.project(last.norm1(x))                            # (B, n, T, d) each
         weights = F.softmax(q[:, :, :1] @ k.mT / math.sqrt(q.shape[-1]), dim=-1)    # (B, n, 1, T)
         return weights[:, :, 0, 1 + self.config['registers']:].unflatten(-1, (h, w))
 
@@ -134,19 +135,19 @@ class Block(nn.Module):
 
     def forward(self, x):
         drop = self.drop_path if self.training else 0.0
-        x = residual(x, lambda x: self.attn(self.norm1(x)) * self.ls1['gamma'], drop)
-        return residual(x, lambda x: self.mlp(self.norm2(x)) * self.ls2['gamma'], drop)
+        x = residual(x, lambda y: self.attn(self.norm1(y)) * self.ls1['gamma'], drop)
+        return residual(x, lambda y: self.mlp(self.norm2(y)) * self.ls2['gamma'], drop)
 
 
 def residual(x, branch, drop):
     """x + branch(x). Stochastic depth adds B/kept * branch(x) to `kept` random samples of B only.
     As in DINOv2, the others are not computed; timm's DropPath would multiply them by zero."""
     B = len(x)
-    # one sample alone is never skipped; torch.compile fails on a subset of one
+    # A batch of one is never skipped; torch.compile (2.13) fails on it.
     if drop == 0 or B == 1:
         return x + branch(x)
     kept = max(1, int(B * (1 - drop)))
-    # drawn on the device of x, so that a GPU does not wait for the CPU
+    # Drawn on the device of x, so that a GPU does not wait for the CPU.
     rows = torch.randperm(B, device=x.device)[:kept]                        # (kept,)
     return x.index_add(0, rows, branch(x[rows]).to(x.dtype), alpha=B / kept)
 
@@ -160,12 +161,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def split(self, x):
+    def project(self, x):
+        """-> queries, keys and values, (B, n, T, d) each"""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                # (B, T, 3, n, d)
         return qkv.permute(2, 0, 3, 1, 4)                                   # (3, B, n, T, d)
 
     def forward(self, x):
-        q, k, v = self.split(x)
+        q, k, v = self.project(x)
         x = F.scaled_dot_product_attention(q, k, v)                         # (B, n, T, d)
         return self.proj(x.transpose(1, 2).flatten(2))                      # (B, T, D)
 
@@ -173,10 +175,12 @@ class Attention(nn.Module):
 # ---- weights from files -----------------------------------------------------------------------
 
 def load(path, channels=1, imagenet=True):
-    """A ViT in eval mode from a file that DINOv2 publishes, a checkpoint of its trainer (such as
-    DBT-DINO's) or one of this repository; of teacher and student, the teacher. channels=1 folds
-    an RGB kernel by `fold_rgb(state, imagenet)`, channels=3 keeps it. Raises OSError and ValueError
-    as `read`, and ValueError that says which other kind of file it is."""
+    """A ViT in eval mode from a file that DINOv2 publishes, a checkpoint of its trainer (DBT-DINO, arXiv
+    2512.13608, publishes one) or of pretrain.py; of teacher and student, the teacher.
+
+    channels=1 folds an RGB kernel into a grey one, channels=3 keeps it. `imagenet`: the network was fed
+    images less ImageNet's mean, over its deviation; False for [0, 1], as DBT-DINO was. Raises OSError
+    where there is no such file, ValueError that says what kind of file it is instead."""
     file = read(path)
     try:
         state = _encoder_state(file)
@@ -260,9 +264,9 @@ def fold_rgb(state, imagenet=True):
 # ---- learning rates, pictures -----------------------------------------------------------------
 
 def param_groups(model, lr, wd, decay=1.0):
-    """Optimizer groups as in DINOv2. The rate falls by `decay` for each block below the top; the
-    patch kernel has a fifth of that, a head the full rate. Biases, norms and LayerScale have no
-    weight decay. Schedules multiply by `lr_scale` and `wd_scale`; `last_layer`: the prototypes."""
+    """Optimizer groups as in DINOv2. A block's rate is `decay` times that of the block above it, the top
+    block's that of the head; the patch kernel has a fifth of the lowest. Biases, norms and LayerScale have
+    no weight decay. Each group has lr_scale, wd_scale and last_layer (the prototypes) for schedules."""
     blocks = [re.search(r'blocks\.(\d+)\.', name) for name, _ in model.named_parameters()]
     depth = 1 + max((int(block[1]) for block in blocks if block), default=-1)
     groups = {}

@@ -361,7 +361,7 @@ def trained(folder, out, *flags):
         return None, (done.stderr.strip().splitlines() or ['?'])[-1]
     header, *lines = (json.loads(line) for line in (Path(out) / 'log.jsonl').read_text().splitlines())
     steps, seconds = (lines[-1][name] - lines[-2][name] for name in ('step', 'time'))
-    return header['config']['batch'] * steps / seconds, lines[-1]['peak_memory']
+    return header['config']['batch'] * steps / seconds, lines[-1]['gpu_memory']
 
 
 def step():

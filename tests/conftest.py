@@ -57,7 +57,7 @@ def run_ranks(script, ranks, *argv):
 
 TINY = ['--steps', '6', '--batch', '8', '--micro_batch', '8', '--phantoms', '9', '--test_phantoms', '0', '--log_every',
         '1', '--width', '32', '--heads', '2', '--depth', '2', '--warmup', '2', '--prototypes', '32']
-TIMING = ('peak_memory', 'time')
+TIMING = ('gpu_memory', 'time')
 
 
 def pretraining(out, *flags, ranks=1, torchrun=None):

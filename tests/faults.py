@@ -1,21 +1,24 @@
-"""Runs that are killed at random, against runs that nothing happened to. Not a test; the suite kills three times.
+"""Runs that are killed at random, against runs that nothing happened to. Not a test; the suite kills seven times.
 
-    $ python tests/faults.py                            # twenty kills, about six minutes on two cores
+    $ python tests/faults.py                            # twenty kills, about eight minutes on two cores
     $ python tests/faults.py --kills 100 --seed 1
 
-Each kill draws a variant of the run (precision, ranks, accumulation, data workers, how often it saves), and a moment:
-some milliseconds after a line of the log, or while a checkpoint lies half written beside its place. Everything that
-belongs to the run gets SIGKILL, as from a node that goes down; half of the runs are killed twice. Then `--resume` ends
-it, and log, weights, optimizer, centres and the list of files seen must be those of the undisturbed run, bit for bit.
+Each kill draws a variant of the run (precision, ranks, accumulation, data workers, how often it saves), a victim, and a
+moment: some milliseconds after a line of the log, or while a checkpoint lies half written beside its place. Everything
+that belongs to the run gets SIGKILL, as from a node that goes down; or one rank or one data worker alone, which
+torchrun then restarts; or torchrun gets SIGTERM. Then `--resume` ends the run, and log, weights, optimizer and centres
+must be those of the undisturbed run, bit for bit.
 """
 import argparse
+import os
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from conftest import kill, logged_steps, pretraining, run, same_run, started
+from conftest import family, kill, logged_steps, pretraining, reached, run, same_run, started
 
 VARIANTS = {'fp32': (1, ()),
             'bf16': (1, ('--amp',)),
@@ -34,23 +37,33 @@ def moment(rng, out):
         return 'in a checkpoint', lambda: (out / 'last.pt.part').exists() and logged_steps(out) > since
     line, pause, seen = logged_steps(out) + int(rng.integers(1, 9)), rng.uniform(0, 0.1), []
 
-    def reached():
+    def arrived():
         if logged_steps(out) >= line:
             seen.append(time.monotonic())
         return bool(seen) and time.monotonic() - seen[0] > pause
 
-    return f'{1e3 * pause:.0f} ms after step {line - 1}', reached
+    return f'{1e3 * pause:.0f} ms after step {line - 1}', arrived
 
 
-def trial(rng, out, flags, ranks):
-    """One run that is killed once or twice and resumed. -> the moments at which it was still alive to be killed."""
-    command, moments = pretraining(out, *flags, ranks=ranks), []
-    for _ in range(int(rng.integers(1, 3))):
-        name, when = moment(rng, out)
-        if kill(started(command), when):
-            moments.append(name)
-    run(out, *flags, ranks=ranks)
-    return moments
+def strike(rng, out, flags, ranks):
+    """One run, and what happened to it; it may end of itself before."""
+    name, when = moment(rng, out)
+    victim = ('everything', 'a rank', 'a data worker', 'SIGTERM')[int(rng.integers(4))]
+    if victim == 'a data worker' and '--workers' not in flags:
+        victim = 'a rank'
+    process = started(pretraining(out, *flags, ranks=ranks, torchrun=('--max-restarts', '2')))
+    if victim == 'everything':
+        return f'{victim} {name}' if kill(process, when) else None
+    if not reached(process, when):
+        return None
+    children = [pid for pid in family(process.pid) if pid != process.pid]
+    own = [pid for pid in children if all(pid not in family(other) for other in children if other != pid)]
+    target = {'SIGTERM': [process.pid], 'a rank': own, 'a data worker': [pid for pid in children if pid not in own]}
+    target = target[victim]
+    if target:
+        os.kill(target[int(rng.integers(len(target)))], signal.SIGTERM if victim == 'SIGTERM' else signal.SIGKILL)
+    process.communicate(timeout=300)
+    return f'{victim} {name}' if target else None
 
 
 def main(argv):
@@ -68,8 +81,10 @@ def main(argv):
                 whole[name] = Path(folder) / f'whole {name}'
                 run(whole[name], *flags, ranks=ranks)
             save, out = int(rng.integers(1, 5)), Path(folder) / f'killed {kills}'
-            moments = trial(rng, out, (*flags, '--save_every', save), ranks)
-            kills += len(moments)
+            strikes = [strike(rng, out, (*flags, '--save_every', save), ranks) for _ in range(int(rng.integers(1, 3)))]
+            strikes = [what for what in strikes if what]
+            kills += len(strikes)
+            run(out, *flags, '--save_every', save, ranks=ranks)
             try:
                 same_run(whole[name], out)
                 names = [sorted(path.name for path in folder.iterdir()) for folder in (whole[name], out)]
@@ -77,7 +92,7 @@ def main(argv):
             except AssertionError as difference:
                 verdict = f'DIFFERS: {str(difference).splitlines()[0]}'
             wrong += verdict != 'the same'
-            print(f'{kills:3d}  {name}, saved every {save} steps, killed', ' and '.join(moments) or 'too late', '->',
+            print(f'{kills:3d}  {name}, saved every {save} steps, killed:', ', '.join(strikes) or 'too late', '->',
                   verdict, flush=True)
     print(f'{kills} kills, {wrong} runs that are not the same')
     sys.exit(bool(wrong))
