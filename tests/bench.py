@@ -14,11 +14,9 @@ import json
 import math
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -70,38 +68,6 @@ def milliseconds(times):
 
 def row(name, cells, goal=''):
     print(f'| {name} | {cells} | {goal} |', flush=True)
-
-
-def memory(ours, theirs, goal):
-    """Prints a row of the MiB that two expressions need, each in a process of its own: what a process has freed and
-    keeps would hide it."""
-    plain = {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')} | dict(PYTHONPATH=f'{ROOT}/tests')
-    start = 'from bench import ibot_sides, weigh; '
-    a, b = (float(subprocess.run([sys.executable, '-c', f'{start}weigh({run})'], env=plain, check=True,
-                                 capture_output=True, text=True).stdout) for run in (ours, theirs))
-    row('the same, memory', f'{a:.0f} MiB | {b:.0f} MiB | {b / max(a, 1):.1f}', goal)
-
-
-def weigh(run):
-    """Prints by how many MiB `run()` raises the memory of this process while it runs (Linux)."""
-    before, highest, done = resident(), [0], threading.Event()
-
-    def watch():
-        while not done.wait(0.001):
-            highest[0] = max(highest[0], resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    result = run()
-    highest[0] = max(highest[0], resident())
-    done.set()
-    watcher.join()
-    print(highest[0] - before)
-    del result
-
-
-def resident():
-    return int((Path('/') / 'proc/self/statm').read_text().split()[1]) * resource.getpagesize() / 2 ** 20
 
 
 def mammogram(H, W):
@@ -265,7 +231,6 @@ def ibot():
     for a, b in zip(ours(), theirs()):
         assert torch.allclose(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-3, atol=1e-6)
     paired('iBOT loss and last layer, 2048 tokens, K = 65536; full logits', ours, theirs, '0.8', 5, CORES)
-    memory('ibot_sides()[0]', 'ibot_sides()[1]', '7')
 
 
 def ibot_sides(M=2048, K=65_536, E=256):
@@ -310,29 +275,6 @@ def drop_path(B=16, side=98):
 
     paired(f'stochastic depth .3, ViT-B, {B} x {side}; zeros per image', lambda: step(subset), lambda: step(zeros),
            '1.35', 5, CORES)
-
-
-def optimizer():
-    """AdamW and the teacher's average, 86 M parameters, against for-each AdamW and multiply-add."""
-    student, teacher = (vit.ViT(**vit.SIZES['base']) for _ in range(2))
-    teacher.requires_grad_(False)
-    for parameter in student.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    adam = {kind: torch.optim.AdamW(vit.param_groups(student, 1e-5, 0.04), **{kind: True})
-            for kind in ('fused', 'foreach')}
-
-    @torch.no_grad()
-    def ours():
-        adam['fused'].step()
-        pretrain.move_teacher(teacher, student, 0.996)
-
-    @torch.no_grad()
-    def theirs():
-        adam['foreach'].step()
-        for t, s in zip(teacher.parameters(), student.parameters()):
-            t.mul_(0.996).add_(s, alpha=0.004)
-
-    paired('AdamW and EMA, 86 M parameters; for-each AdamW, multiply-add', ours, theirs, '3', None, CORES)
 
 
 # ---- whole steps and scale ----------------------------------------------------------------------------------------
@@ -417,7 +359,7 @@ def fits():
     row('kept per image, and the same for all', f'{each:.2f} GiB | {fixed:.2f} GiB | images at once: {cards} GiB', '')
 
 
-ROWS = (views, tricks, masks, ibot, drop_path, optimizer, fits, step)
+ROWS = (views, tricks, masks, ibot, drop_path, fits, step)
 
 
 def main():
