@@ -34,13 +34,14 @@ logging.getLogger('PIL').addHandler(logging.NullHandler())      # what it logs o
 
 
 class Unreadable(ValueError):
-    """Our own words for what is wrong; a decoder's can quote the header, and a patient's name in it."""
+    """Our own words for what is wrong: a decoder's could quote the header, with the patient's name."""
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
 def read(path, frame=0, voi=False, percentiles=None):
-    """One frame as uint8 (H, W), its own minimum and maximum stretched to 0..255 (MammoDINO 3.1).
+    """One frame as uint8 (H, W), its own minimum and maximum stretched to 0..255 (MammoDINO 3.1,
+    whose step to 8 bit is part of the stretch here).
 
     Bright is dense: MONOCHROME1 and exposures with bright air are inverted. `voi` applies the VOI LUT or
     window first. DICOM padding is left out of the stretch and becomes 0. `percentiles` (low, high) replace
@@ -84,18 +85,18 @@ def refusal(path):
 def listing(root):
     """Every image file below `root`, sorted, through linked folders too. A file without a suffix, or with
     a number for one, counts if it begins like DICOM; hidden files and DICOMDIR do not."""
-    def refuse(error):                                      # os.walk would skip the folder in silence
+    def fail(error):                                        # os.walk would skip the folder in silence
         raise OSError(f'{error.filename}: {error.strerror}; expected a folder that can be read')
 
     found, seen = [], set()
-    for folder, inner, names in os.walk(root, onerror=refuse, followlinks=True):
+    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
         if os.path.realpath(folder) in seen:                # a link back to where the walk was
             inner.clear()
             continue
         seen.add(os.path.realpath(folder))
         for name in names:
             path, suffix = os.path.join(folder, name), os.path.splitext(name)[1].lower()
-            if not suffix.strip('.0123456789') and os.path.isfile(path):    # 1.2.840.9
+            if not suffix.strip('.0123456789') and os.path.isfile(path):    # a UID for a name
                 mark = np.fromfile(path, np.uint8, 4, offset=128).tobytes()
                 suffix = '.dcm' if mark == b'DICM' else ''
             if suffix in SUFFIXES and name[0] != '.' and name != 'DICOMDIR':
@@ -107,7 +108,8 @@ def listing(root):
 
 @contextlib.contextmanager
 def _opened(path):
-    """-> (K, H, W), DICOM header or None, a function (frame, voi) -> pixels (H, W), padding, invert or not.
+    """-> (K, H, W), DICOM header or None, a function (frame, voi) -> pixels (H, W), padding, whether to
+    invert (None: they are 8-bit greys already).
     Whatever a broken file makes a decoder raise, here or in the block that uses it, becomes one sentence."""
     try:
         with warnings.catch_warnings(action='ignore'), open(path, 'rb') as file:    # warnings quote headers
@@ -145,8 +147,8 @@ def _open_npy(path):
     if not numbers or volume.ndim not in (2, 3) or volume.shape[-1] <= 4:           # colour
         raise Unreadable(f'{volume.dtype} {volume.shape}; expected numbers (H, W) or (K, H, W)')
     volume = volume if volume.ndim == 3 else volume[None]
-    as_it_is = None if volume.dtype == np.uint8 else False
-    return volume.shape, lambda frame, voi: (np.array(volume[frame]), None, as_it_is)
+    inverted = None if volume.dtype == np.uint8 else False
+    return volume.shape, lambda frame, voi: (np.array(volume[frame]), None, inverted)
 
 
 def _read_picture(image, frame, _):
@@ -175,7 +177,7 @@ def to_uint8(pixels, padding=None, invert=False, percentiles=None):
     if valid.size == 0:
         raise Unreadable('every pixel is padding')
     low, high = np.percentile(valid, percentiles) if percentiles else (valid.min(), valid.max())
-    low, span = float(low), float(high) - float(low)        # bytes would wrap round
+    low, span = float(low), float(high) - float(low)        # a difference of bytes would wrap round
     if not 0 < span < np.inf:
         raise Unreadable('a constant image, or NaN or infinite pixels')
     x = (pixels.astype(np.float64) - low) * (255 / span)
@@ -196,7 +198,8 @@ def _grey(pixels):
 
 
 def clahe(image, clip=2.0, tiles=8):
-    """Contrast limited adaptive histogram equalization (Zuiderveld 1994; MammoDINO 3.1), uint8 (H, W).
+    """Contrast limited adaptive histogram equalization (Zuiderveld 1994; MammoDINO 3.1), uint8 (H, W);
+    the paper does not give `clip` and `tiles`.
 
     The image is cut into tiles x tiles. The histogram of each, cut at `clip` times its mean, gives a table:
 
@@ -222,7 +225,7 @@ def clahe(image, clip=2.0, tiles=8):
         below = counts.cumsum().astype(np.float32)
         tables[i, j] = np.rint(below * np.float32(255 / (h * w))).clip(0, 255)
 
-    # In tiles from the first centre. All pixels between four centres share four tables.
+    # y, x: in tiles, from the centre of the first. All pixels between four centres share four tables.
     y, x = (np.arange(n, dtype=np.float32) * np.float32(1 / tile) - np.float32(0.5)
             for n, tile in ((H, h), (W, w)))
     out = np.empty_like(image)
@@ -250,12 +253,12 @@ STREAMS = {0xC0: 50, 0xC1: 51, 0xC3: 70, 0xF7: 80, 0x51: 90}
 
 def _read_dicom(file, ds, stored, frame, voi):
     """-> values (H, W), padding bool (H, W) or None, whether to invert"""
-    meaning = ds.get('PhotometricInterpretation')
-    if ds.get('SamplesPerPixel', 1) == 1 and meaning not in ('MONOCHROME1', 'MONOCHROME2'):
+    photometric = ds.get('PhotometricInterpretation')
+    if ds.get('SamplesPerPixel', 1) == 1 and photometric not in ('MONOCHROME1', 'MONOCHROME2'):
         raise Unreadable('neither MONOCHROME1 nor MONOCHROME2, so its values are not greys')
     pixels = _grey(_decode(file, ds, stored, frame))
-    # JPEG 2000 keeps what lies above the stored bits: an overlay if a group 60xx says so, or if no value comes
-    # close to the limit from below, as greys do where too few bits are declared (BCS-DBT).
+    # JPEG 2000 keeps bits above BitsStored. They are an overlay, which is cut off, if a group 60xx says so or
+    # no grey lies just below the limit; else too few bits are declared, as in BCS-DBT, and all are greys.
     limit = 1 << ds.BitsStored
     if pixels.max() >= limit:
         near = (pixels >= limit - limit // 16) & (pixels < limit)
@@ -281,7 +284,7 @@ def _read_dicom(file, ds, stored, frame, voi):
         low, high = sorted(ends.astype(kind).tolist())
         padding = (low <= pixels) & (pixels <= high)
         padding = padding if padding.any() else None
-    return _values(ds, pixels, voi), padding, meaning == 'MONOCHROME1' or bright_air
+    return _values(ds, pixels, voi), padding, photometric == 'MONOCHROME1' or bright_air
 
 
 def _values(ds, pixels, voi):
@@ -317,13 +320,13 @@ def _header(file):
     """-> the file, where its pixels begin, and the header, with the transfer syntax put right"""
     head = file.read(4096)
     meta = 132 if head[128:132] == b'DICM' else 0           # the file meta begins with its length
-    start = meta + 12 + int.from_bytes(head[meta + 8:meta + 12], 'little')
+    body = meta + 12 + int.from_bytes(head[meta + 8:meta + 12], 'little')
     file.seek(0)
-    if DEFLATED in head[:start]:                            # two bytes a pixel are enough for a mammogram
-        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read()[start:], 2 * MAX_PIXELS)
-        file = io.BytesIO(head[:start].replace(DEFLATED, INFLATED) + data)
+    if DEFLATED in head[:body]:                             # two bytes a pixel are enough for a mammogram
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read()[body:], 2 * MAX_PIXELS)
+        file = io.BytesIO(head[:body].replace(DEFLATED, INFLATED) + data)
     ds = pydicom.dcmread(file, stop_before_pixels=True, force=True)
-    # Without compression, how the first element is written counts, not what is declared.
+    # Uncompressed: how the first element is written counts, not the syntax that is declared.
     syntax, first = ds.file_meta.get('TransferSyntaxUID'), next(ds.elements(), None)
     if syntax in (None, *UNCOMPRESSED.values()) and hasattr(first, 'is_implicit_VR'):
         syntax = UNCOMPRESSED[first.is_implicit_VR, first.is_little_endian]

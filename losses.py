@@ -2,16 +2,17 @@
 
     L_total = lambda_1 L_DINO-M + lambda_2 L_iBOT-M + lambda_3 L_DINO-adj + lambda_4 L_KoLeo
 
-Student and teacher each have a `Head` h that turns a token of the encoder f into logits over K
-prototypes. The teacher's logits pass through a `Center` c and become the targets:
+Student and teacher each have one `Head` h that turns CLS and patch tokens of the encoder f into logits
+over K prototypes. The teacher's logits pass through a `Center` c, CLS and patch tokens have their own,
+and become the targets. The temperatures tau are the arguments `temp`:
 
     p_s = softmax(h_s(f_s(u)) / tau_s)            p_t = softmax((h_t(f_t(v)) - c) / tau_t)
 
-All losses are computed in fp32, and no gradient reaches the teacher. Under torch.distributed the centre
-and the neighbours of KoLeo span all ranks; without a process group the same code runs on one process.
+No loss is computed in bf16, even under autocast, and no gradient reaches the teacher. Under
+torch.distributed the centre and the neighbours of KoLeo span all ranks.
 
-B images, U student views, V teacher views (the global ones), D width, E bottleneck, K prototypes,
-M masked patches, P slice pairs. Copy this file alone; it imports nothing of this repository.
+B images, U student views, V teacher views (the globals), D width, E bottleneck, K prototypes, M masked
+patches, P slice pairs, () a scalar. Copy this file alone; it imports nothing of this repository.
 
     $ python losses.py              # the losses of an untrained network beside log K, and their gradients
 """
@@ -55,7 +56,7 @@ class Head(nn.Module):
         return F.normalize(self.mlp(x).float(), dim=-1)
 
     def logits(self, embedded):
-        """Unit vectors (..., E) -> logits (..., K), in fp32: at tau = 0.04, bf16 would change p."""
+        """Unit vectors (..., E) -> logits (..., K), never in bf16: at tau = 0.04, it would change p."""
         with torch.autocast(embedded.device.type, enabled=False):
             return self.last_layer(embedded)
 
@@ -79,8 +80,8 @@ class Center(nn.Module):
     def update(self, logits, count=None, momentum=None):
         """c <- momentum c + (1 - momentum) mean(logits), over the rows (..., K) of all ranks.
 
-        The last layer is linear, so the mean of many logits is the logits of their mean embedding. A row
-        may therefore be such a mean of `count` (rows,) tokens, and the (M, K) logits are never built.
+        The last layer is linear, so the mean of many logits is the logits of their mean embedding. So row i
+        may stand for the mean of count[i] tokens, and the (M, K) logits are never built.
         `momentum=0` sets c to the mean.
         """
         logits = logits.float().flatten(0, -2)                                          # (rows, K)
@@ -99,7 +100,7 @@ class Center(nn.Module):
 def image_loss(student, teacher, temp=0.1):
     """DINO-M (MammoDINO 2.2): student logits (U, B, K), teacher probabilities (V, B, K) -> ().
 
-        L = - 1/|pairs| sum_u sum_v mean_b sum_k p_t(v)_k log p_s(u)_k        for views u != v
+        L = - 1/n sum_{u != v} mean_b sum_k p_t(v)_k log p_s(u)_k             n such pairs of views u, v
 
     Both sides list their views in the same order, globals first. The paper prints the sum over all
     pairs; DINO and DINOv2 leave out pairs of the same view, and so do we. Raises ValueError if no pair
@@ -119,7 +120,7 @@ def image_loss(student, teacher, temp=0.1):
 def patch_loss(student, teacher, weight, images, temp=0.1):
     """iBOT-M (MammoDINO 2.3): student logits (M, K), teacher probabilities (M, K), weight (M,) -> ().
 
-        L = - 1/images sum_j weight_j sum_k p_t(j)_k log p_s(j)_k         weight_j = 1 / |Omega| of j's image
+        L = - 1/images sum_j weight_j sum_k p_t(j)_k log p_s(j)_k         weight_j = 1 / |Omega| of j's crop
 
     `images` is the number of global crops, masked or not, as in DINOv2: with half of the crops masked, the
     loss is half of the mean over masked crops. Training uses `chunked_patch_loss`, which needs less memory.
@@ -131,9 +132,10 @@ def patch_loss(student, teacher, weight, images, temp=0.1):
 def chunked_patch_loss(student, prototypes, teacher, weight, images, temp=0.1, rows=256):
     """`patch_loss` and the last layer in one, a few rows at a time: same value, same gradients.
 
-    student (M, E) embeddings, prototypes (K, E), weight (M,); `teacher(slice)` -> the probabilities
-    (rows, K) of some patches, computed when they are needed. 16 images of 518 pixels mask about 6,600
-    patches. With K = 65,536 one (M, K) array of fp32 takes 1.6 GiB, and autograd would keep several.
+    student (M, E) embeddings, prototypes (K, E), weight (M,); `teacher(chunk)` -> the probabilities
+    (rows, K) of the patches in a slice of M, computed when they are needed. 16 images of 518
+    pixels mask about 6,600 patches; with K = 65,536, one (M, K) array of fp32 takes 1.6 GiB, and autograd
+    would keep several.
     """
     with torch.autocast(student.device.type, enabled=False):
         return _ChunkedCrossEntropy.apply(student, prototypes, teacher, weight, temp, rows) / images
@@ -170,7 +172,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def adjacent_loss(student, teacher, temp=0.1, pairs=None):
-    """DINO-adj (MammoDINO 2.4): student logits of slices k, teacher probabilities of k', (P, K) each -> ().
+    """DINO-adj (MammoDINO 2.4): student logits of V_k, teacher probabilities of V_k', (P, K) each -> ().
 
         L = - 1/pairs sum_i sum_k p_t(C_t)_ik log p_s(C_s)_ik                 pairs i, prototypes k
 
@@ -189,8 +191,8 @@ def koleo(x, volume=None):
         L = - mean_i log min_{j != i} || x_i - x_j ||                         for L2-normalised rows
 
     As in DINOv2, but neighbours are sought over all ranks, and of rows with the same `volume` id (B,) only
-    one takes part: slices of a DBT volume are nearly equal, and KoLeo would push apart what DINO-adj pulls
-    together. A single row has no neighbour and gives 0.
+    the first takes part: slices of a volume are nearly equal, and KoLeo would push apart what DINO-adj
+    pulls together. A single row has no neighbour and gives 0.
     """
     with torch.autocast(x.device.type, enabled=False):                              # bf16 merges neighbours
         x = F.normalize(gather(x.float()), dim=-1, eps=1e-8)                            # (ranks * B, D)
@@ -211,8 +213,8 @@ def world_size():
 
 
 class _Gather(torch.autograd.Function):
-    """The rows of all ranks, in rank order. The backward pass sums every rank's gradient for our rows, so
-    a loss that all ranks compute from gathered rows is right once DDP has averaged the gradients."""
+    """The rows of all ranks, in rank order. Of a loss that all ranks compute from them alike, backward sums
+    the equal gradients of our rows over the ranks; DDP then divides by the number of ranks."""
 
     @staticmethod
     def forward(ctx, x):

@@ -14,12 +14,12 @@ from scipy import ndimage
 # ---- the mask (2.2) -------------------------------------------------------------------------------
 
 def tissue(image, percentile=40, kernel=9):
-    """The breast-tissue mask M of a prepared uint8 image (3.1), bool (H, W).
+    """The breast-tissue mask M of a uint8 image, bool (H, W).
 
         theta = percentile(x, tau),   M0 = 1[x > theta],   M = opening(closing(M0))
 
-    Closing and opening use a square of kernel x kernel pixels. The paper normalizes x to [0, 1] first,
-    which keeps the order of the pixels, so the threshold can be taken on the grey levels themselves.
+    Closing and opening use a square of kernel x kernel pixels. The paper normalizes x to [0, 1] first;
+    that keeps the order of the pixels, so theta can be taken on the grey levels.
 
     The paper does not give tau; 40 is ours. A percentile makes each breast the same share of its image,
     but real shares differ threefold. pretrain.py therefore uses `percentile=None`, the `self_tuning` mask.
@@ -36,7 +36,7 @@ def tissue(image, percentile=40, kernel=9):
 
 
 def self_tuning(image, kernel=9):
-    """Another M: a threshold after Otsu, the largest piece, holes filled. Our choice, not the paper's."""
+    """What pretrain.py uses, not the paper's M: Otsu's threshold, the largest piece, holes filled."""
     # 1. Average f x f pixels, to a shorter side of 192 or more: outlines need no more detail.
     H, W = image.shape
     f = max(1, min(H, W) // 192)
@@ -48,7 +48,7 @@ def self_tuning(image, kernel=9):
     air = np.percentile(small[small <= t], 10)
     mask = small > int(air + (t - air) / 4)
 
-    # 3. Close and open as the paper does, with a kernel that is f times smaller but at least 3.
+    # 3. Close and open as the paper does. The kernel shrinks with the image, but not below 3.
     kernel = max(min(3, kernel), (kernel // f) | 1)                 # | 1 makes it odd
     mask = opening(closing(mask, kernel), kernel)
 
@@ -56,11 +56,8 @@ def self_tuning(image, kernel=9):
     wide = max(kernel, (min(small.shape) // 16) | 1)
     core = largest_piece(opening(mask, wide))
 
-    # 5. That rounded the outline. Grow the core back within the mask of step 3.
-    mask = largest_piece(mask & dilation(core, wide))
-
-    # 6. Fill holes, such as dark fat, and return to the full size.
-    mask = ndimage.binary_fill_holes(mask)
+    # 5. That rounded the outline. Grow the core back within the mask of step 3; fill holes, dark fat.
+    mask = ndimage.binary_fill_holes(largest_piece(mask & dilation(core, wide)))
     return mask.repeat(f, axis=0).repeat(f, axis=1)[:H, :W]
 
 
@@ -79,33 +76,33 @@ def otsu(image):
 def overlay(image, mask):
     """The outline of the mask in yellow over the image, uint8 (H, W, 3)."""
     picture = np.repeat(image[..., None], 3, axis=-1)
-    width = max(3, (min(image.shape) // 200) | 1)
-    picture[dilation(mask, width) & ~erosion(mask, width)] = (255, 200, 0)
+    pen = max(3, (min(image.shape) // 200) | 1)
+    picture[dilation(mask, pen) & ~erosion(mask, pen)] = (255, 200, 0)
     return picture
 
 
 # ---- morphology -----------------------------------------------------------------------------------
 
 def closing(mask, kernel):
-    """Fills gaps narrower than kernel x kernel."""
+    """Fills gaps in which no kernel x kernel window fits."""
     return erosion(dilation(mask, kernel), kernel)
 
 
 def opening(mask, kernel):
-    """Removes pieces narrower than kernel x kernel."""
+    """Removes pieces in which no kernel x kernel window fits."""
     return dilation(erosion(mask, kernel), kernel)
 
 
 def dilation(mask, kernel):
     """True where any pixel of the window around it is. Equals ndimage.binary_dilation with a square of
-    ones, in a fraction of its time: each OR with itself, shifted, widens the window by `step` rows."""
+    ones, in a fraction of its time: an OR with a copy shifted by `step` rows adds as many."""
     for _ in range(2):                                              # rows, then columns
-        window = np.pad(mask, ((kernel // 2, kernel // 2), (0, 0)))
-        span = 1                                                    # rows that one of its pixels stands for
+        seen = np.pad(mask, ((kernel // 2, kernel // 2), (0, 0)))
+        span = 1                                                    # rows that one of its rows covers
         while span < kernel:
             step = min(span, kernel - span)
-            window, span = window[:-step] | window[step:], span + step
-        mask = window.T
+            seen, span = seen[:-step] | seen[step:], span + step
+        mask = seen.T
     return mask
 
 
@@ -120,12 +117,12 @@ def largest_piece(mask):
 
 
 if __name__ == '__main__':
-    import images
-    import phantom
     if {'-h', '--help'} & {*sys.argv}:
         sys.exit(print(__doc__))
-    path, out = (sys.argv[1:] + [None, None])[:2]
+    path, out = [*(sys.argv[1:] or [None]), 'tissue.png'][:2]
     try:
+        import images
+        import phantom
         if path:
             image = images.read(path, images.frames(path) // 2)     # of a volume the middle slice
             image = image if path.endswith('.npy') else images.clahe(image)
@@ -134,7 +131,8 @@ if __name__ == '__main__':
             image, truth = images.clahe(images.to_uint8(example.volume[0])), example.tissue
             for name, m in (('self-tuning', tissue(image, None)), ('percentile 40', tissue(image))):
                 print(f'{name:13}  IoU with the truth {(m & truth).sum() / (m | truth).sum():.3f}')
-        Image.fromarray(overlay(image, tissue(image, None))).save(out or 'tissue.png')
-        print(f"tissue is {tissue(image, None).mean():.1%} of the image -> {out or 'tissue.png'}")
-    except (ValueError, OSError) as problem:
+        found = tissue(image, None)
+        Image.fromarray(overlay(image, found)).save(out)
+        print(f'tissue is {found.mean():.1%} of the image -> {out}')
+    except (ImportError, ValueError, OSError) as problem:
         sys.exit(f'mask.py: {problem}')

@@ -9,6 +9,7 @@ from scipy import stats
 def knn(similarity, labels, k=10, temp=0.07):
     """Weighted k-nearest-neighbour vote (DINO): similarity (n, m), labels (m,) from 0 up -> each class's share of the
     vote (n, C). A square similarity with -inf on the diagonal leaves one out."""
+    k = min(k, similarity.shape[1])
     near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]                           # (n, k)
     weight = np.exp((np.take_along_axis(similarity, near, 1) - similarity.max(1, keepdims=True)) / temp)
     votes = np.stack([(weight * (labels[near] == c)).sum(1) for c in range(labels.max() + 1)], axis=1)

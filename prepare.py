@@ -1,12 +1,13 @@
 """Once per data set: every image below RAW -> read -> judge -> CLAHE -> shrink -> .npy (MammoDINO 3.1).
 
     $ python prepare.py RAW PREPARED                            # then: torchrun pretrain.py --data PREPARED
-    $ python prepare.py RAW PREPARED --percentiles 0.5 98       # where labels or hot pixels take the greys
+    $ python prepare.py RAW PREPARED --percentiles 0.5 99.9     # where hot pixels or labels take the greys
     $ python prepare.py RAW PREPARED --voi --no-clahe           # the inputs of DBT-DINO
 
-PREPARED/<path below RAW>.npy is uint8 (H, W), or (K, H, W) for a volume. index.csv lists all of them, so
-several RAW can go into one; rejected.csv lists the files of RAW that cannot be read or are no mammograms,
-and why. Finished files are skipped, so a stopped run goes on.
+PREPARED/<path below RAW>.npy is uint8 (H, W), or (K, H, W) for a volume; every frame is stretched for
+itself. index.csv lists them; rejected.csv the files that cannot be read or are no mammograms, a volume
+with one bad frame too, and why. A file whose .npy is there is skipped, so a stopped run goes on; another
+RAW or other flags belong in another PREPARED.
 """
 import argparse
 import csv
@@ -27,7 +28,7 @@ import images
 import mask
 from run import lock, script
 
-SMALLEST, GREYS = 196, 32           # pixels of a side, those of a local crop; greys of the tissue
+SMALLEST, GREYS = 196, 32           # least side in pixels, that of a local crop; least greys in tissue
 GO_ON = 'the same command goes on from here'
 
 
@@ -35,34 +36,36 @@ def prepare(raw, prepared, side=1024, workers=None, voi=False, clahe=True, perce
     """-> how many files were (written, skipped, rejected). `side`: pixels of the shorter side at most."""
     low, high = percentiles or (0, 100)
     if side < 1 or workers is not None and workers < 1 or not 0 <= low < high <= 100:
-        raise ValueError('expected --side and --workers from 1, --percentiles 0 <= LOW < HIGH <= 100')
-    raw, prepared, todo, rejected, names = Path(raw), Path(prepared), [], [], {}
+        raise ValueError('--side and --workers start at 1, --percentiles: 0 <= LOW < HIGH <= 100')
+    raw, prepared = Path(raw), Path(prepared)
     here, there = raw.resolve(), prepared.resolve()
     if here.is_relative_to(there) or there.is_relative_to(here):
         raise ValueError(f'{prepared} and {raw}: one lies in the other; choose another folder')
+    todo, rejected, owner = [], [], {}
     for path in images.listing(raw):
         name = os.path.relpath(path, raw)
         stem, suffix = os.path.splitext(name)
         target = prepared / f'{stem if suffix.lower() in images.SUFFIXES else name}.npy'
-        if target in names:
-            rejected.append((name, f'becomes the same file as another: rename {names[target]}'))
+        if target in owner:
+            rejected.append((name, f'becomes the same file as another: rename {owner[target]}'))
         elif not target.exists():
             todo.append((path, target))
-        names.setdefault(target, name)
-    skipped, clashes = len(names) - len(todo), len(rejected)
+        owner.setdefault(target, name)
+    skipped, clashes = len(owner) - len(todo), len(rejected)
     prepared.mkdir(parents=True, exist_ok=True)
     held = lock(prepared)                                   # until it is closed below, or the process ends
 
     work = partial(prepare_file, side=side, voi=voi, clahe=clahe, percentiles=percentiles)
-    pool, done = ProcessPoolExecutor(workers, initializer=leave_signals_to_the_parent), iter(todo)
+    pool = ProcessPoolExecutor(workers, initializer=leave_signals_to_the_parent)
     try:
-        for reason in tqdm(pool.map(work, todo), total=len(todo), unit='file', disable=None):
-            path, _ = next(done)                            # results come in the order of todo
-            rejected += [(os.path.relpath(path, raw), reason)] if reason else []
+        reasons = pool.map(work, todo)                      # in the order of todo
+        for path, _ in tqdm(todo, unit='file', disable=None):
+            if reason := next(reasons):
+                rejected.append((os.path.relpath(path, raw), reason))
     except BrokenProcessPool:
         advice = 'move it away' if workers == 1 else 'or just after; --workers 1 names the file'
-        raise ValueError(f'a process died at {next(done)[0]}, {advice}; {GO_ON}') from None
-    except OSError as problem:                              # of writing: what reading raises is a reason
+        raise ValueError(f'a process died at {path}, {advice}; {GO_ON}') from None
+    except OSError as problem:                              # from writing; reading errors become reasons
         reason = problem.strerror or problem
         raise OSError(f'{prepared}: cannot be written, {reason}; {GO_ON}') from None
     except KeyboardInterrupt:
@@ -74,13 +77,15 @@ def prepare(raw, prepared, side=1024, workers=None, voi=False, clahe=True, perce
 
     arrays = sorted(path.relative_to(prepared).as_posix() for path in prepared.rglob('*.npy'))
     index = [(path, *images.shape(prepared / path)) for path in arrays]
-    for name, rows in (('rejected.csv', [('file', 'reason'), *sorted(rejected)]),
-                       ('index.csv', [('path', 'slices', 'height', 'width'), *index])):     # the last
-        with open(prepared / f'{name}.part', 'w', newline='', errors='surrogateescape') as file:
+    tables = {'rejected.csv': [('file', 'reason'), *sorted(rejected)],
+              'index.csv': [('path', 'slices', 'height', 'width'), *index]}     # last: all is there
+    for name, rows in tables.items():
+        with open(prepared / f'{name}.part', 'w', newline='', encoding='utf-8',
+                  errors='surrogateescape') as file:
             csv.writer(file).writerows(rows)
         os.replace(prepared / f'{name}.part', prepared / name)
     held.close()
-    written = len(todo) + clashes - len(rejected)
+    written = len(todo) - (len(rejected) - clashes)
     print(f'{written} written, {skipped} were there, {len(rejected)} rejected and named in '
           f'{prepared}/rejected.csv')
     for kind, count in Counter(re.split(' ?[;:(]', why)[0] for _, why in rejected).most_common():
@@ -89,26 +94,27 @@ def prepare(raw, prepared, side=1024, workers=None, voi=False, clahe=True, perce
 
 
 def prepare_file(paths, side, voi, clahe, percentiles):
-    """(file, target) -> None, or why not; the words before the first colon name the kind of reason."""
+    """(file, target) -> None, or why not; its words up to ; : or ( name the kind of reason."""
     path, target = paths
     try:
         refusal, (K, H, W) = images.refusal(path), images.shape(path)
         if refusal or min(H, W) < SMALLEST:
             return refusal or f'too small: {W}x{H} pixels, expected {SMALLEST} a side'
         shrink = min(1, side / min(H, W))
-        volume = np.empty((K, round(H * shrink), round(W * shrink)), np.uint8)
+        h, w = round(H * shrink), round(W * shrink)
+        volume = np.empty((K, h, w), np.uint8)
         for k in range(K):
             pixels = images.read(path, k, voi, percentiles)
             tissue = mask.tissue(pixels, percentile=None)
             greys = len(np.unique(pixels))
-            if greys <= 2:                                  # an ROI mask
+            if greys <= 2:                                  # of two, an ROI mask
                 return 'two grey values' if greys == 2 else 'a constant image'
             if not tissue.any():
                 return f'no tissue: in frame {k}'
             if len(np.unique(pixels[tissue])) < GREYS:
                 return f'fewer than {GREYS} greys in the tissue: try --percentiles LOW HIGH'
             image = Image.fromarray(images.clahe(pixels) if clahe else pixels)
-            volume[k] = image.resize(volume.shape[:0:-1], Image.Resampling.BICUBIC)
+            volume[k] = image.resize((w, h), Image.Resampling.BICUBIC)
     except (ValueError, OSError) as problem:
         return str(problem).removeprefix(f'{path}: ')
     target.parent.mkdir(parents=True, exist_ok=True)

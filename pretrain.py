@@ -3,7 +3,7 @@
     $ torchrun pretrain.py                                       # on phantoms, no data needed, two minutes
     $ python prepare.py RAW PREPARED                             # once per data set
     $ torchrun pretrain.py --data PREPARED --small               # a first run on your own images
-    $ torchrun --nproc-per-node 8 pretrain.py --data PREPARED --resume      # the paper's recipe
+    $ torchrun --nproc-per-node 8 pretrain.py --data PREPARED --resume      # the full recipe
 
 The output folder receives log.jsonl (its first line is the configuration) and last.pt (weights,
 optimizer, centres). What a user can mend ends the run with one sentence; the same command with --resume
@@ -57,6 +57,7 @@ class Config:
     out: str = option('runs/pretrain', 'ours', 'folder of this run')
     small: bool = option(False, 'ours', 'a small network and schedule, for a first run')
     init: str | None = option(None, 'dbt-dino 2.3', 'DINOv2 file or last.pt to begin with')
+    imagenet: bool = option(True, 'ours', '--init was fed ImageNet-normalised images; DBT-DINO: no')
     resume: bool = option(False, 'ours', 'go on from OUT/last.pt, or start where there is none')
     seed: int = option(0, 'ours', 'a sample is a function of (seed, epoch, index)')
     workers: int = option(8, 'ours', 'data processes per rank')
@@ -109,7 +110,7 @@ class Config:
     mask_max: float = option(0.5, 'dinov2', 'm_max, share of the grid of the largest piece')
     tissue_weight: float = option(1.0, 'ours', 'w_t in pi = w_t r + eps')
     mask_eps: float = option(1e-3, 'ours', 'eps in pi = w_t r + eps')
-    d_max: int = option(4, 'paper Fig. 1', 'D_max, largest distance of a slice pair')
+    d_max: int = option(4, 'ours', 'D_max, largest distance of a slice pair; Fig. 1 has 4')
     volume_items: bool = option(False, 'ours', 'an epoch has one random slice per volume, not all')
     blind_crops: bool = option(False, 'paper 3.4', 'crops as in DINOv2, for the ablation')
     blind_masks: bool = option(False, 'paper 3.4', 'patch masks as in DINOv2, for the ablation')
@@ -151,7 +152,7 @@ def student_losses(cfg, student, teacher, center, batch, tau_t, pairs):
 
     One pass of each network serves all losses, as in DINOv2: the student's global crops have their patch
     masks on, for DINO-M and KoLeo too. `student` is wrapped in DDP. `pairs` is the mean number of slice
-    pairs in a micro-batch of this step, the divisor of DINO-adj.
+    pairs in a micro-batch of this step, the divisor of DINO-adj. KoLeo sees this micro-batch, of all ranks.
     """
     with torch.no_grad():
         teacher_out = teacher(batch, is_student=False)
@@ -159,21 +160,22 @@ def student_losses(cfg, student, teacher, center, batch, tau_t, pairs):
         pair_targets = center['cls'](teacher_out['pair_logits'], tau_t)                 # (P, K)
         prototypes_t = teacher.head.last_layer.weight                                   # (K, E)
 
-    def patch_targets(rows):        # computed when the loss needs them, a few rows at a time
-        logits = nn.functional.linear(teacher_out['patches'][rows], prototypes_t)       # (rows, K)
+    def patch_targets(chunk):       # computed when the loss needs them, a few rows at a time
+        logits = nn.functional.linear(teacher_out['patches'][chunk], prototypes_t)      # (rows, K)
         return center['patch'](logits, tau_t)
 
-    out, tau_s = student(batch, is_student=True), cfg.student_temp
-    views = torch.cat([out['logits'], out['local_logits']])                             # (2 + n, B, K)
+    tau_s = cfg.student_temp
+    student_out = student(batch, is_student=True)
+    views = torch.cat([student_out['logits'], student_out['local_logits']])             # (2 + n, B, K)
     masks = batch['masks'].flatten(0, 1)                                                # (2 B, N)
     weight = (1 / masks.sum(1, keepdim=True).clamp_min(1)).expand_as(masks)[masks]      # (M,)
     prototypes_s = student.module.head.last_layer.weight                                # (K, E)
     terms = dict(
         image=losses.image_loss(views, targets, tau_s),
-        patch=losses.chunked_patch_loss(out['patches'], prototypes_s, patch_targets, weight,
-                                        images=len(masks), temp=tau_s),
-        slice=losses.adjacent_loss(out['pair_logits'], pair_targets, tau_s, pairs),
-        koleo=sum(losses.koleo(view, batch['file']) for view in out['cls']))
+        patch=losses.chunked_patch_loss(student_out['patches'], prototypes_s, patch_targets,
+                                        weight, images=len(masks), temp=tau_s),
+        slice=losses.adjacent_loss(student_out['pair_logits'], pair_targets, tau_s, pairs),
+        koleo=sum(losses.koleo(view, batch['file']) for view in student_out['cls']))
     return terms, teacher_out | dict(targets=targets)
 
 
@@ -220,9 +222,9 @@ def set_rates(optimizer, now, frozen):
 
 
 def clip_gradients(student, most):
-    """Clips the gradients of backbone and head apart, as DINOv2 does -> the norm of both before."""
-    parts = student.backbone.parameters(), student.head.parameters()
-    return math.hypot(*torch.stack([nn.utils.clip_grad_norm_(x, most) for x in parts]).tolist())
+    """Clips the gradients of backbone and head apart, as DINOv2 does -> their joint norm before that."""
+    halves = student.backbone.parameters(), student.head.parameters()
+    return math.hypot(*torch.stack([nn.utils.clip_grad_norm_(x, most) for x in halves]).tolist())
 
 
 # ---- the run --------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ def main(cfg):
     rank, ranks, device = setup()
     accumulate = check(cfg, ranks)
     out = Path(cfg.out)
-    data = Slices(cfg, cfg.data) if cfg.data else None      # what is wrong so far leaves no folder behind
+    data = Slices(cfg, cfg.data) if cfg.data else None      # before OUT exists: an error leaves no folder
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock_file = lock(out)                               # noqa: F841, open until the process ends
@@ -296,14 +298,14 @@ def main(cfg):
             values.append(torch.stack([loss, *terms.values()]).detach())
             teacher_outs.append(teacher_out)
 
-        # Clip the gradients. A step that is not finite is not taken.
+        # Clip the gradients. What is not finite ends the run, on all ranks alike.
         means = (sum_over_ranks(torch.stack(values).mean(0), device) / ranks).tolist()
         line = dict(zip(('step', 'total', *terms), (step, *means)))
         line['grad_norm'] = clip_gradients(student, cfg.clip)
         if not all(map(math.isfinite, line.values())):
             raise ValueError(f'not finite: {line}; lower --lr, in another --out')
 
-        # AdamW moves the student; the centres and the teacher follow.
+        # AdamW moves the student; the centres follow, by the teacher's old weights, then the teacher.
         optimizer.step()
         optimizer.zero_grad()
         update_centers(center, teacher, teacher_outs)
@@ -326,17 +328,21 @@ def main(cfg):
             report(cfg, {'random init': untrained, 'trained teacher': teacher}, device)
         print(f'-> {out}/last.pt. Next:\n   python vit.py IMAGE {out}/last.pt\n   torchrun '
               f'finetune.py --encoder {out}/last.pt --dataset csv --root DIR --task cancer')
+    del ddp                             # before its group: afterwards, gloo could wait for ever
     dist.destroy_process_group()
 
 
 def check(cfg, ranks):
-    """-> micro-batches per rank and step. ValueError for flags that do not fit together."""
+    """-> micro-batches per rank and step. Shortens the warm-up of a short run. ValueError for flags that do
+    not fit together."""
     if cfg.small or not cfg.data:                           # a short run warms up for a tenth of it
         cfg.warmup = min(cfg.warmup, cfg.steps // 10)
     names = ('warmup', 'freeze_last_layer', 'teacher_temp_steps')
     late = [f'--{name} {getattr(cfg, name)}' for name in names if getattr(cfg, name) >= cfg.steps]
     if late:
         raise ValueError(f"--steps {cfg.steps} must exceed {', '.join(late)}; --small does that")
+    if min(cfg.save_every, cfg.log_every) < 1:
+        raise ValueError('--save_every and --log_every start at 1')
     if cfg.size % cfg.patch or cfg.local_size % cfg.patch or cfg.width % cfg.heads:
         raise ValueError(f'--size {cfg.size} and --local_size {cfg.local_size} must be multiples '
                          f'of --patch {cfg.patch}, --width {cfg.width} of --heads {cfg.heads}')
@@ -345,13 +351,13 @@ def check(cfg, ranks):
         raise ValueError(f'--batch {cfg.batch} does not divide into {ranks} ranks x --micro_batch '
                          f'{cfg.micro_batch}; choose a multiple of {ranks * cfg.micro_batch}')
     exists = any(Path(cfg.out, name).exists() for name in ('last.pt', 'log.jsonl'))
-    if exists and not cfg.resume and cfg.out != DEMO['out']:
+    if exists and not cfg.resume and (cfg.data or cfg.out != DEMO['out']):
         raise ValueError(f'{cfg.out} holds a run; add --resume to go on, or choose another --out')
     return cfg.batch // (micro * ranks)
 
 
 def introduction(cfg, data, student, ranks, accumulate, device, bf16):
-    """What is about to start, in at most six lines."""
+    """What is about to start."""
     files, volumes, slices = len(data.paths), int((data.counts > 1).sum()), int(data.counts.sum())
     parameters = sum(p.numel() for p in student.parameters())
     micro, precision = cfg.batch // ranks // accumulate, 'bf16' if bf16 else 'fp32'
@@ -524,7 +530,7 @@ def networks(cfg, device):
     torch.manual_seed(cfg.seed)
     names = ('size', 'patch', 'width', 'depth', 'heads', 'registers')
     shape = {name: getattr(cfg, name) for name in names}
-    loaded = vit.load(cfg.init) if cfg.init else None
+    loaded = vit.load(cfg.init, imagenet=cfg.imagenet) if cfg.init else None
     if loaded:
         wrong = [name for name in names if name != 'size' and loaded.config[name] != shape[name]]
         if wrong:
@@ -597,9 +603,10 @@ def write_log(cfg, log, bar, line):
     shown = ('total', 'image', 'patch', 'slice', 'koleo')
     bar.set_postfix({name: f'{line[name]:.3f}' for name in shown})
     log_k, warm = math.log(cfg.prototypes), line['step'] >= cfg.warmup
-    if warm and line['teacher_entropy'] < 0.01 * log_k:
-        warn('every image goes to one prototype (collapse): lower --lr, raise the --teacher_temps')
-    if warm and line['teacher_entropy'] > 0.999 * log_k and line['kl'] < 1e-3:
+    collapsed = warm and line['kl'] < 1e-3
+    if collapsed and line['teacher_entropy'] < 0.01 * log_k:
+        warn('every image goes to one prototype (collapse): lower --lr, raise --teacher_temp')
+    if collapsed and line['teacher_entropy'] > 0.999 * log_k:
         warn('every image goes to all prototypes (collapse): lower --teacher_temp or --lr')
     if warm and line['cls_spread'] < 0.01:
         warn('the CLS tokens of all images are alike (collapse): lower --lr')
@@ -615,9 +622,10 @@ def warn(sentence):
 def diagnose(cfg, batches, terms, teacher_out):
     """What shows a collapse first, from the last micro-batch of all ranks.
 
-    teacher_entropy: 0 means one prototype for all images, log K no preference. kl: the cross-entropy less
-    that. cls_spread: deviation of the unit CLS tokens, 0 if all are alike, at most 1. Besides, relaxed and
-    masks_relaxed: share of the step's crops and masks that had to lower rho; gpu_memory: GiB at most.
+    teacher_entropy: of an image's target, from 0, one prototype, to log K, no preference. kl: the
+    cross-entropy less that; at 0, all images have one target. cls_spread and effective_rank of the unit CLS
+    tokens: 0 to 1 and 1 to D, the least if all are alike. Besides, relaxed and masks_relaxed: share of the
+    step's crops, and of its globals' masks, that had to lower rho; gpu_memory: GiB at most.
     """
     p = teacher_out['targets']                                                          # (2, B, K)
     entropy = -(p * torch.log(p.clamp_min(1e-12))).sum(-1).mean()
@@ -676,7 +684,7 @@ def report(cfg, encoders, device):
     print(f'\ndensity of {n} unseen phantoms by k-NN, share right')
     print('\n'.join(f'  {name:20} {value:.3f}' for name, value in rows.items()))
     print(f'trained - random init: {gain.mean():+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]\n'
-          'Grey levels alone give it too: it is found without labels, but needs no learning.')
+          'The deciles need no learning: the table shows that training works, not what it is for.')
     result = dict(rows=rows, gain=gain.mean(), interval=[low, high])
     (out / 'report.json').write_text(json.dumps(result, indent=1))
 
@@ -690,7 +698,7 @@ def report(cfg, encoders, device):
         size = [length // cfg.patch * cfg.patch for length in image.shape]
         sheet.append([(mask.overlay(image, mask.tissue(image, None)), 'image, tissue mask')])
         for name, network in encoders.items():
-            heats = zip(('feature', 'attention'), vit.heatmaps(network.backbone.cpu(), image, size))
+            heats = zip(('feature', 'attention'), vit.heatmaps(network.backbone, image, size))
             sheet[-1] += [(vit.overlay(image, heat), f'{name}: {kind}') for kind, heat in heats]
     sampler.sheet(sheet).save(out / 'attention.png')
 

@@ -5,14 +5,15 @@
     pair_views(rng, a, b, tissue)        the same window of two neighbouring slices of a DBT volume
 
 An image is uint8 (H, W), its tissue mask bool (H, W). With an all-true mask, crops and masks follow DINOv2's
-distributions, the baseline of the paper's ablation, but every mask has exactly m patches. Boxes are
-(y0, x0, y1, x1) in whole pixels, end exclusive. `rng` is a numpy Generator; the same state gives the
-same sample.
+distributions in the main, the baseline of the paper's ablation, but every mask has exactly m patches.
+Boxes are (y0, x0, y1, x1) in whole pixels, end exclusive. `rng` is a numpy Generator; the same state
+gives the same sample.
 
-H W pixels of the image, S s sides of global and local crops, K slices; h w is the patch grid of a crop, in
-windows their pixels. Copy this file alone; it imports nothing of this repository (its demonstration does).
+H W pixels of the image, S s sides of global and local crops, K slices; h w: the patch grid of a crop,
+or the pixels of a window. Copy this file alone; it imports nothing of this repository (its demonstration
+does).
 
-    $ python sampler.py [FILE] [OUT.png]        # tissue-aware sampling above uniform sampling
+    $ python sampler.py [FILE] [OUT.png]        # a row of tissue-aware crops, one of uniform ones
 """
 import math
 import sys
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-TRIES = 50          # at the full minimum coverage rho, then as many while it falls to 0
+TRIES = 50          # at the least coverage rho, and as many while it falls to 0
 
 
 # ---- crops on tissue (2.2) ------------------------------------------------------------------------
@@ -86,9 +87,9 @@ def tissue_pixel(rng, tissue):
 def cut(image, box, size):
     """A window of a uint8 image, resized to size (h, w) by antialiased bicubic interpolation.
 
-    The height first, then the width. Equals Pillow's result to one grey level (two if enlarged several
-    times). Near sharp white edges, where values are clipped between the two passes, it can differ by ten
-    grey levels, since Pillow takes the width first.
+    The height first, which leaves less to transpose; Pillow takes the width first. The results are equal
+    to one grey level, two if enlarged several times; beside sharp white edges, where values are clipped
+    between the two passes, to ten.
     """
     y0, x0, y1, x1 = box
     window, (h, w) = image[y0:y1, x0:x1], size
@@ -128,7 +129,7 @@ def jitter_table(rng, histogram, brightness, contrast):
         if operation == 0:
             table = table * rng.uniform(1 - brightness, 1 + brightness)
         else:
-            mean = int((histogram * table).sum() / max(histogram.sum(), 1) + 0.5)       # rounded: Pillow
+            mean = int((histogram * table).sum() / histogram.sum() + 0.5)               # rounded: Pillow
             table = mean + (table - mean) * rng.uniform(1 - contrast, 1 + contrast)
         table = np.floor(table.clip(0, 255))
     return table.astype(np.uint8)
@@ -151,7 +152,8 @@ def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scal
           local_scale=(0.2, 0.5), ratio=(3 / 4, 4 / 3), rho=0.3, jitter=0.8, brightness=0.4,
           contrast=0.4, blurs=(1.0, 0.1, 0.5), sigma=(0.1, 2.0), solarizes=0.2, flip=0.5,
           placement=None):
-    """The view sampler T of the paper (2.2): crops of one mammogram as a dict of arrays,
+    """The view sampler T of the paper (2.2), drawn once: the teacher gets the globals, the student all.
+    Crops of one mammogram as a dict of arrays,
 
         globals (2, S, S) and locals (locals, s, s), uint8
         grids   (2, h, w) float32, the share of tissue under each patch of the globals
@@ -168,10 +170,8 @@ def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scal
                          f'{tissue.shape}; expected uint8 and masks of its shape')
     out = dict(globals=[], locals=[], grids=[], boxes=[], relaxed=[])
     for v in range(2 + locals):
-        kind, side, area = 'locals', local_size, local_scale
-        if v < 2:
-            kind, side, area = 'globals', size, scale
-        box, relaxed = crop_box(rng, placement, area, ratio, rho)
+        kind, side = ('globals', size) if v < 2 else ('locals', local_size)
+        box, relaxed = crop_box(rng, placement, scale if v < 2 else local_scale, ratio, rho)
         view, flipped = cut(image, box, (side, side)), rng.random() < flip
         table = np.arange(256, dtype=np.uint8)
         if rng.random() < jitter:
@@ -201,28 +201,29 @@ def patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0.3), wei
 
     Pieces (blocks of patches) are added until m patches are masked. For each piece:
 
-        draw a target area a_t in [m_min, m_max], at most what is missing, and a shape, height / width in
+        draw a target area a_t in [m_min, m_max], at most what is missing, and a shape, width / height in
             the range `ratio`
-        score every corner where it fits by its tissue coverage r, discard those with r < rho
+        score every top-left corner where it fits by its tissue coverage r, discard those with r < rho
         draw one of the rest with weight pi = w_t r + eps
-        accept it if it masks 0 < new <= min(m_max, missing) further patches, missing = m - c in the paper
+        accept it if it masks 0 < new <= min(m_max, missing) further patches; in the paper, new is the area
+            less the overlap o, and missing is m - c
 
     Ten refusals in a row, for want of a corner or for overlap, lower rho for good by a tenth of its first
     value; after 200, single patches fill the rest. The paper relaxes rho "linearly" and says no more.
     m_max is half of the grid by default. `info`, a dict, receives `relaxed`, whether rho had to fall.
-    Raises ValueError for m outside 0..h*w, and for eps below 1e-12, which could never mask a patch of air.
+    Raises ValueError for m outside 0..h*w, and for eps below 1e-12, which never masks air.
     """
     h, w = grid.shape
     if not 0 <= m <= h * w or eps < 1e-12:
         raise ValueError(f'{m} patches to mask, eps {eps}; expected 0..{h * w} and at least 1e-12')
     m_max = max(h * w // 2 if m_max is None else m_max, m_min)
     # A summed-area table gives the sum of any block from four entries; in float64, or eps would be lost.
-    table = np.pad(grid.cumsum(0, dtype=float).cumsum(1), ((1, 0), (1, 0)))             # (h + 1, w + 1)
+    sums = np.pad(grid.cumsum(0, dtype=float).cumsum(1), ((1, 0), (1, 0)))              # (h + 1, w + 1)
     mask, floor, refusals, missing = np.zeros((h, w), bool), rho, 0, m
 
     while missing and refusals < 200:
         bh, bw = piece_size(rng, h, w, min(m_min, missing), min(m_max, missing), ratio)
-        r = table[bh:, bw:] - table[:-bh, bw:] - table[bh:, :-bw] + table[:-bh, :-bw]
+        r = sums[bh:, bw:] - sums[:-bh, bw:] - sums[bh:, :-bw] + sums[:-bh, :-bw]
         r = r.clip(0) / (bh * bw)                                   # (h - bh + 1, w - bw + 1) corners
         pi = np.where(r >= floor, weight * r + eps, 0)
         total = pi.ravel().cumsum()
@@ -252,14 +253,15 @@ def piece_size(rng, h, w, low, high, ratio):
     """Height and width of a block of about a_t patches, a_t uniform in [low, high], that fits the grid."""
     area = rng.uniform(low, high)
     aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-    bh, bw = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    bh, bw = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
     return min(h, max(1, bh)), min(w, max(1, bw))
 
 
 # ---- slice pairs (2.4) ----------------------------------------------------------------------------
 
 def slice_pair(rng, k, K, d_max):
-    """A neighbour k' = k +- d of slice k in a volume of K, uniform over those with d in 1..d_max."""
+    """A neighbour k' = k +- d of slice k in a volume of K, uniform over those with d in 1..d_max; the paper
+    does not say how it draws d, and Fig. 1 shows 4."""
     if K < 2 or not 0 <= k < K or d_max < 1:
         raise ValueError(f'slice {k} of {K} has no neighbour within {d_max}')
     near = [i for i in range(max(0, k - d_max), min(K, k + d_max + 1)) if i != k]
@@ -340,20 +342,20 @@ def draw_windows(image, boxes, height):
 
 
 if __name__ == '__main__':
-    import images
-    import mask
-    import phantom
     if {'-h', '--help'} & {*sys.argv}:
         sys.exit(print(__doc__))
-    path, out = (sys.argv[1:] + [None, None])[:2]
+    path, out = [*(sys.argv[1:] or [None]), 'views.png'][:2]
     try:
-        image = phantom.breast(np.random.default_rng(8), width=288).volume[0]
+        import images
+        import mask
+        import phantom
         if path:
             image = images.read(path, images.frames(path) // 2)             # of a volume the middle slice
+        else:
+            image = images.to_uint8(phantom.breast(np.random.default_rng(8), width=288).volume[0])
         if not (path or '').endswith('.npy'):
             image = images.clahe(image)
-        picture = contact_sheet(np.random.default_rng(1), image, mask.tissue(image, None))
-        picture.save(out or 'views.png')
-        print(f"-> {out or 'views.png'}")
-    except (ValueError, OSError) as problem:
+        contact_sheet(np.random.default_rng(1), image, mask.tissue(image, None)).save(out)
+        print(f'-> {out}')
+    except (ImportError, ValueError, OSError) as problem:
         sys.exit(f'sampler.py: {problem}')

@@ -33,8 +33,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 class ViT(nn.Module):
     """The network of DINOv2. `size`: side in pixels of the square that `pos_embed` is made for.
-    `offset`, `antialias`: how positions are interpolated. DINOv2 with registers uses (0, True), as
-    our own networks do, without them (0.1, False); a network keeps what it was trained with.
+    `offset`, `antialias`: how positions are interpolated; a network keeps what it was trained with.
+    DINOv2 used (0.1, False), and (0, True) with registers, as our own networks do.
     `drop_path`: probability of stochastic depth, the same in every block. `layerscale`: initial gamma."""
 
     def __init__(self, size=518, patch=14, width=768, depth=12, heads=12, channels=1, registers=0,
@@ -100,8 +100,7 @@ class ViT(nn.Module):
             return self.pos_embed
         cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:].float()
         grid = grid.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)    # (1, D, grid, grid)
-        # Usually one gives the size. DINOv2 without registers gave factors, (h + 0.1) / grid, which
-        # PyTorch takes for the distance between samples: other values at the same size.
+        # DINOv2 without registers gave factors, (h + 0.1) / grid; PyTorch spaces its samples by them.
         factors = [(length + self.offset) / self.grid for length in (h, w)]
         target = dict(scale_factor=factors) if self.offset else dict(size=(h, w))
         grid = F.interpolate(grid, **target, mode='bicubic', antialias=self.antialias)
@@ -112,8 +111,10 @@ class ViT(nn.Module):
         """Attention weights of CLS over the patches in the last block, (B, n, h, w)."""
         h, w = x.shape[-2] // self.patch, x.shape[-1] // self.patch
         *blocks, last = self.blocks
-        x = nn.Sequential(*blocks)(self.embed(x))                           # (B, T, D)
-        q, k, _ = last.attn.project(last.norm1(x))                            # (B, n, T, d) each
+        x = self.embed(x)                                                   # (B, T, D)
+        for block in blocks:
+            x = block(x)
+        q, k, _ = last.attn.split(last.norm1(x))                            # (B, n, T, d) each
         weights = F.softmax(q[:, :, :1] @ k.mT / math.sqrt(q.shape[-1]), dim=-1)    # (B, n, 1, T)
         return weights[:, :, 0, 1 + self.config['registers']:].unflatten(-1, (h, w))
 
@@ -143,7 +144,7 @@ def residual(x, branch, drop):
     """x + branch(x). Stochastic depth adds B/kept * branch(x) to `kept` random samples of B only.
     As in DINOv2, the others are not computed; timm's DropPath would multiply them by zero."""
     B = len(x)
-    # A batch of one is never skipped; torch.compile (2.13) fails on it.
+    # A lone sample is never skipped; torch.compile (2.13) fails on it.
     if drop == 0 or B == 1:
         return x + branch(x)
     kept = max(1, int(B * (1 - drop)))
@@ -161,13 +162,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def project(self, x):
+    def split(self, x):
         """-> queries, keys and values, (B, n, T, d) each"""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                # (B, T, 3, n, d)
         return qkv.permute(2, 0, 3, 1, 4)                                   # (3, B, n, T, d)
 
     def forward(self, x):
-        q, k, v = self.project(x)
+        q, k, v = self.split(x)
         x = F.scaled_dot_product_attention(q, k, v)                         # (B, n, T, d)
         return self.proj(x.transpose(1, 2).flatten(2))                      # (B, T, D)
 
@@ -179,7 +180,7 @@ def load(path, channels=1, imagenet=True):
     2512.13608, publishes one) or of pretrain.py; of teacher and student, the teacher.
 
     channels=1 folds an RGB kernel into a grey one, channels=3 keeps it. `imagenet`: the network was fed
-    images less ImageNet's mean, over its deviation; False for [0, 1], as DBT-DINO was. Raises OSError
+    images normalised by ImageNet's mean and deviation; False for [0, 1], as DBT-DINO was. Raises OSError
     where there is no such file, ValueError that says what kind of file it is instead."""
     file = read(path)
     try:
@@ -219,7 +220,7 @@ def read(path):
 def _encoder_state(file):
     """{DINOv2's name: tensor} of the encoder. ValueError says whose names they are otherwise."""
     state = file.get('teacher', file.get('model', file))
-    # wrappers put `module.` (DistributedDataParallel) or `_orig_mod.` (torch.compile) into names
+    # drop `module.` (DDP), `_orig_mod.` (torch.compile), `teacher.` (beside `student.`)
     state = {re.sub(r'\b(module|_orig_mod|teacher)\.', '', k): v for k, v in state.items()}
     if any(k.startswith('backbone.') for k in state):       # beside it lie heads and the student
         state = {k[len('backbone.'):]: v for k, v in state.items() if k.startswith('backbone.')}
@@ -264,9 +265,10 @@ def fold_rgb(state, imagenet=True):
 # ---- learning rates, pictures -----------------------------------------------------------------
 
 def param_groups(model, lr, wd, decay=1.0):
-    """Optimizer groups as in DINOv2. A block's rate is `decay` times that of the block above it, the top
-    block's that of the head; the patch kernel has a fifth of the lowest. Biases, norms and LayerScale have
-    no weight decay. Each group has lr_scale, wd_scale and last_layer (the prototypes) for schedules."""
+    """Optimizer groups as in DINOv2. Head and last norm have the full rate, a block `decay` times that of
+    what lies above it, so have the tokens and positions below block 0, and the patch kernel a fifth of
+    that. Biases, norms and LayerScale have no weight decay. Each group has lr_scale, wd_scale and
+    last_layer (the prototypes) for schedules."""
     blocks = [re.search(r'blocks\.(\d+)\.', name) for name, _ in model.named_parameters()]
     depth = 1 + max((int(block[1]) for block in blocks if block), default=-1)
     groups = {}
@@ -289,22 +291,21 @@ def heatmaps(model, image, size=None):
     attention: that of CLS in the last block, mean over heads. The image is resized to `size`,
     (height, width) in pixels, by default the square that `pos_embed` is for."""
     height, width = size or (model.grid * model.patch,) * 2
-    grey = Image.fromarray(image).resize((width, height), Image.BICUBIC)
-    x = torch.from_numpy(np.array(grey)).view(1, 1, height, width).float() / 255
+    grey = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    x = torch.from_numpy(grey).to(model.pos_embed.device).view(1, 1, height, width).float() / 255
     _, patches = model(x)                                                   # (1, N, D)
     centred = patches[0] - patches[0].mean(0)                               # (N, D)
     brightness = F.avg_pool2d(x, model.patch)[0, 0]                         # (h, w)
     feature = (centred @ torch.linalg.svd(centred, full_matrices=False).Vh[0]).view_as(brightness)
-    # the sign of a principal component is arbitrary
     feature = feature * torch.sign((feature * (brightness - brightness.mean())).sum())
     attention = model.attention(x)[0].mean(0)                               # (h, w)
-    return [((m - m.min()) / (m.max() - m.min()).clamp_min(1e-12)).numpy()
+    return [((m - m.min()) / (m.max() - m.min()).clamp_min(1e-12)).cpu().numpy()
             for m in (feature, attention)]
 
 
 def overlay(image, heat):
     """image uint8 (H, W), heat (h, w) in 0..1 -> uint8 (H, W, 3): black-red-yellow over grey."""
-    heat = Image.fromarray(np.uint8(255 * heat)).resize(image.shape[::-1], Image.BICUBIC)
+    heat = Image.fromarray(np.uint8(255 * heat)).resize(image.shape[::-1], Image.Resampling.BICUBIC)
     heat = np.asarray(heat) / 255                                           # (H, W)
     colour = np.stack([2 * heat, 2 * heat - 1, 0 * heat], axis=-1).clip(0, 1)   # (H, W, 3)
     alpha = 0.65 * heat[..., None]

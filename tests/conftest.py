@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')               # tiny networks: a second thread would wait more than work
 os.environ['CUDA_VISIBLE_DEVICES'] = ''                     # the same numbers with and without a GPU
@@ -90,6 +91,9 @@ def here(out, *flags):
     try:
         argv = [*TINY, '--out', str(out), *map(str, flags)]
         pretrain.main(plumbing.parse(pretrain.Config, argv, pretrain.defaults))
+    except Exception as problem:
+        traceback.clear_frames(problem.__traceback__)       # DDP goes before its group, as in main
+        raise
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), old):
             signal.signal(number, handler)

@@ -222,6 +222,9 @@ def test_init_takes_the_encoder_of_a_file_at_any_size_and_refuses_another_shape(
     larger = pretrain.networks(cfg, torch.device('cpu'))[1].backbone
     x = torch.rand(2, 1, 112, 112)
     torch.testing.assert_close(larger(x), grey(x))                      # positions interpolated once, or each time
+    cfg.imagenet = False                                                # as DBT-DINO's file
+    bias = pretrain.networks(cfg, torch.device('cpu'))[1].backbone.patch_embed['proj'].bias
+    assert torch.equal(bias, given.patch_embed['proj'].bias)
     cfg.width = 64
     with pytest.raises(ValueError, match='another encoder; it takes --width 128'):
         pretrain.networks(cfg, torch.device('cpu'))

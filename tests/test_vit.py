@@ -98,7 +98,7 @@ def test_attention_is_what_the_last_block_uses():
     model, x = network(size=42, registers=3), torch.rand(2, 3, 42, 28)
     attn, tokens = model.blocks[2].attn, model.blocks[1](model.blocks[0](model.embed(x)))
     tokens = model.blocks[2].norm1(tokens)
-    q, k, v = attn.project(tokens)
+    q, k, v = attn.split(tokens)
     weights = (q @ k.mT / 8).softmax(-1)                    # d = 64
     torch.testing.assert_close(attn.proj((weights @ v).transpose(1, 2).flatten(2)), attn(tokens))
     torch.testing.assert_close(model.attention(x), weights[:, :, 0, 4:].view(2, 2, 3, 2))
