@@ -6,14 +6,16 @@
 
 PREPARED/<path below RAW>.npy is uint8 (H, W), or (K, H, W) for a volume; every frame is stretched for
 itself. index.csv lists them; rejected.csv the files that cannot be read or are no mammograms, a volume
-with one bad frame too, and why. A file whose .npy is there is skipped, so a stopped run goes on; another
-RAW or other flags belong in another PREPARED.
+with one bad frame too, and why. A file whose .npy is there is skipped, so a stopped run goes on, and
+--percentiles given later reach what was rejected alone. Several RAW in one PREPARED need different paths.
 """
 import argparse
 import csv
+import multiprocessing
 import os
 import re
 import signal
+import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -35,8 +37,8 @@ GO_ON = 'the same command goes on from here'
 def prepare(raw, prepared, side=1024, workers=None, voi=False, clahe=True, percentiles=None):
     """-> how many files were (written, skipped, rejected). `side`: pixels of the shorter side at most."""
     low, high = percentiles or (0, 100)
-    if side < 1 or workers is not None and workers < 1 or not 0 <= low < high <= 100:
-        raise ValueError('--side and --workers start at 1, --percentiles: 0 <= LOW < HIGH <= 100')
+    if side < 14 or workers is not None and workers < 1 or not 0 <= low < high <= 100:
+        raise ValueError('expected --side from 14, --workers from 1, 0 <= LOW < HIGH <= 100')
     raw, prepared = Path(raw), Path(prepared)
     here, there = raw.resolve(), prepared.resolve()
     if here.is_relative_to(there) or there.is_relative_to(here):
@@ -48,7 +50,7 @@ def prepare(raw, prepared, side=1024, workers=None, voi=False, clahe=True, perce
         target = prepared / f'{stem if suffix.lower() in images.SUFFIXES else name}.npy'
         if target in owner:
             rejected.append((name, f'becomes the same file as another: rename {owner[target]}'))
-        elif not target.exists():
+        elif not target.is_file():
             todo.append((path, target))
         owner.setdefault(target, name)
     skipped, clashes = len(owner) - len(todo), len(rejected)
@@ -56,7 +58,7 @@ def prepare(raw, prepared, side=1024, workers=None, voi=False, clahe=True, perce
     held = lock(prepared)                                   # until it is closed below, or the process ends
 
     work = partial(prepare_file, side=side, voi=voi, clahe=clahe, percentiles=percentiles)
-    pool = ProcessPoolExecutor(workers, initializer=leave_signals_to_the_parent)
+    pool = ProcessPoolExecutor(workers, initializer=live_with_the_parent)
     try:
         reasons = pool.map(work, todo)                      # in the order of todo
         for path, _ in tqdm(todo, unit='file', disable=None):
@@ -67,15 +69,16 @@ def prepare(raw, prepared, side=1024, workers=None, voi=False, clahe=True, perce
         raise ValueError(f'a process died at {path}, {advice}; {GO_ON}') from None
     except OSError as problem:                              # from writing; reading errors become reasons
         reason = problem.strerror or problem
-        raise OSError(f'{prepared}: cannot be written, {reason}; {GO_ON}') from None
+        raise OSError(f'{prepared}: {path} cannot be written, {reason}; {GO_ON}') from None
     except KeyboardInterrupt:
         raise ValueError(f'stopped; {GO_ON}') from None
     finally:
         pool.shutdown(cancel_futures=True)                  # waits for the files at work
-        for part in prepared.rglob('*.part'):
+        for part in filter(Path.is_file, prepared.rglob('*.part')):
             part.unlink()
 
-    arrays = sorted(path.relative_to(prepared).as_posix() for path in prepared.rglob('*.npy'))
+    arrays = filter(Path.is_file, prepared.rglob('*.npy'))
+    arrays = sorted(path.relative_to(prepared).as_posix() for path in arrays)
     index = [(path, *images.shape(prepared / path)) for path in arrays]
     tables = {'rejected.csv': [('file', 'reason'), *sorted(rejected)],
               'index.csv': [('path', 'slices', 'height', 'width'), *index]}     # last: all is there
@@ -118,14 +121,20 @@ def prepare_file(paths, side, voi, clahe, percentiles):
     except (ValueError, OSError) as problem:
         return str(problem).removeprefix(f'{path}: ')
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(f'{target}.part', 'wb') as file:
+    part = target.with_name(f'{os.getpid()}.part')
+    with open(part, 'wb') as file:
         np.save(file, volume if K > 1 else volume[0])
-    os.replace(f'{target}.part', target)
+        file.flush()
+        os.fsync(file.fileno())                             # a power cut leaves no empty .npy
+    os.replace(part, target)
 
 
-def leave_signals_to_the_parent():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C reaches all processes of a terminal
+def live_with_the_parent():
+    """A worker leaves Ctrl-C, which reaches all processes of a terminal, to its parent, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)           # by which a pool ends its processes
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def main(argv):

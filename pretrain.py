@@ -235,17 +235,18 @@ def main(cfg):
     rank, ranks, device = setup()
     accumulate = check(cfg, ranks)
     out = Path(cfg.out)
-    data = Slices(cfg, cfg.data) if cfg.data else None      # before OUT exists: an error leaves no folder
+    # What can be wrong with the inputs is found before OUT exists: an error leaves no folder.
+    data = None if cfg.data is None else Slices(cfg, cfg.data)
+    student, teacher = networks(cfg, device)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock_file = lock(out)                               # noqa: F841, open until the process ends
-        if not cfg.data:
+        if data is None:
             phantom.dataset(out / 'phantoms', demo_volumes(cfg))
     dist.barrier()
     if data is None:
         data = Slices(cfg, out / 'phantoms')
 
-    student, teacher = networks(cfg, device)
     center = {kind: losses.Center(cfg.prototypes, cfg.center_momentum) for kind in ('cls', 'patch')}
     center = nn.ModuleDict(center).to(device)
     groups = vit.param_groups(student, cfg.lr, cfg.wd, cfg.layer_decay)     # rates are set in every step
@@ -269,7 +270,7 @@ def main(cfg):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: signals.append(received))
     if rank == 0:
-        print(introduction(cfg, data, student, ranks, accumulate, device, bf16), flush=True)
+        print(introduction(cfg, data, student, start, ranks, accumulate, device, bf16), flush=True)
 
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, unit='step',
                disable=rank > 0 or None)                    # None: only where stderr is a terminal
@@ -323,7 +324,7 @@ def main(cfg):
     if rank == 0 and stopping and step + 1 < cfg.steps:
         print(f'stopped after step {step}, as asked; the same command with --resume goes on')
     elif rank == 0:
-        if not cfg.data and cfg.test_phantoms:
+        if cfg.data is None and cfg.test_phantoms:
             untrained = networks(cfg, device)[1]
             report(cfg, {'random init': untrained, 'trained teacher': teacher}, device)
         print(f'-> {out}/last.pt. Next:\n   python vit.py IMAGE {out}/last.pt\n   torchrun '
@@ -335,7 +336,7 @@ def main(cfg):
 def check(cfg, ranks):
     """-> micro-batches per rank and step. Shortens the warm-up of a short run. ValueError for flags that do
     not fit together."""
-    if cfg.small or not cfg.data:                           # a short run warms up for a tenth of it
+    if cfg.small or cfg.data is None:                       # a short run warms up for a tenth of it
         cfg.warmup = min(cfg.warmup, cfg.steps // 10)
     names = ('warmup', 'freeze_last_layer', 'teacher_temp_steps')
     late = [f'--{name} {getattr(cfg, name)}' for name in names if getattr(cfg, name) >= cfg.steps]
@@ -349,22 +350,22 @@ def check(cfg, ranks):
     micro = min(cfg.micro_batch, cfg.batch // ranks)
     if micro < 1 or cfg.batch % (micro * ranks):
         raise ValueError(f'--batch {cfg.batch} does not divide into {ranks} ranks x --micro_batch '
-                         f'{cfg.micro_batch}; choose a multiple of {ranks * cfg.micro_batch}')
+                         f'{cfg.micro_batch}; choose a multiple of both, or lower --micro_batch')
     exists = any(Path(cfg.out, name).exists() for name in ('last.pt', 'log.jsonl'))
-    if exists and not cfg.resume and (cfg.data or cfg.out != DEMO['out']):
+    if exists and not cfg.resume and (cfg.data is not None or cfg.out != DEMO['out']):
         raise ValueError(f'{cfg.out} holds a run; add --resume to go on, or choose another --out')
     return cfg.batch // (micro * ranks)
 
 
-def introduction(cfg, data, student, ranks, accumulate, device, bf16):
+def introduction(cfg, data, student, start, ranks, accumulate, device, bf16):
     """What is about to start."""
     files, volumes, slices = len(data.paths), int((data.counts > 1).sum()), int(data.counts.sum())
     parameters = sum(p.numel() for p in student.parameters())
     micro, precision = cfg.batch // ranks // accumulate, 'bf16' if bf16 else 'fp32'
     lines = [f'{files:,} files, {volumes:,} of them volumes, {slices:,} slices in {data.folder}',
              f'width {cfg.width}, depth {cfg.depth}, {cfg.size} pixels, {parameters:,} parameters',
-             f'{cfg.steps:,} steps of {cfg.batch} images = {ranks} ranks x {micro} x {accumulate} '
-             f'micro-batches on {device.type} in {precision}']
+             f'steps {start:,} to {cfg.steps:,} of {cfg.batch} images = {ranks} ranks x {micro} x '
+             f'{accumulate} micro-batches on {device.type} in {precision}']
     if not volumes:
         lines.append('no volume among them: L_DINO-adj has nothing to learn from')
     if device.type == 'cpu' and cfg.width * cfg.depth > 2000:
@@ -388,16 +389,22 @@ class Slices(Dataset):
         if not index.is_file():
             raise ValueError(f'{folder} has no index.csv; first python prepare.py RAW PREPARED, '
                              'then --data PREPARED')
-        with open(index, newline='', encoding='utf-8', errors='surrogateescape') as file:
-            rows = list(csv.DictReader(file))
-        small = [row for row in rows if min(int(row['height']), int(row['width'])) < cfg.local_size]
-        if small or not rows:
-            raise ValueError(f'{index}: {len(small)} of {len(rows)} images are smaller than '
+        try:
+            with open(index, newline='', encoding='utf-8-sig', errors='surrogateescape') as file:
+                rows = list(csv.DictReader(file))
+            sides = np.array([min(int(row['height']), int(row['width'])) for row in rows])
+            self.paths = np.array([os.fsencode(row['path']) for row in rows])   # arrays: workers share them
+            self.counts = np.array([int(row['slices']) for row in rows])
+        except (KeyError, TypeError, ValueError, csv.Error):
+            rows = []
+        if not rows or self.counts.min() < 1:
+            raise ValueError(f'{index} lists no images as prepare.py does; run that again')
+        small = int((sides < cfg.local_size).sum())
+        if small:
+            raise ValueError(f'{index}: {small} of {len(rows)} images are smaller than '
                              f'--local_size {cfg.local_size}; lower it, or raise prepare.py --side')
         self.cfg, self.folder = cfg, str(folder)
         self.digest = hashlib.sha256(index.read_bytes()).hexdigest()
-        self.paths = np.array([os.fsencode(row['path']) for row in rows])   # one array: workers share it
-        self.counts = np.array([int(row['slices']) for row in rows])
         self.ends = np.cumsum(np.ones_like(self.counts) if cfg.volume_items else self.counts)
 
     def __len__(self):
@@ -414,8 +421,12 @@ class Slices(Dataset):
 
     def load(self, file, k):
         """Slice k of a file, uint8 (H, W); the rest of a volume stays on disk."""
-        volume = np.load(os.path.join(self.folder, os.fsdecode(self.paths[file])), mmap_mode='r')
-        return np.array(volume[k] if volume.ndim == 3 else volume)
+        path = os.path.join(self.folder, os.fsdecode(self.paths[file]))
+        try:
+            volume = np.load(path, mmap_mode='r')
+            return np.array(volume[k] if volume.ndim == 3 else volume)
+        except (ValueError, OSError, EOFError, IndexError) as problem:
+            raise ValueError(f'{path}: {problem}; delete it and run prepare.py again') from None
 
     def sample(self, rng, file, k):
         """The views, patch masks and slice pair of one slice."""
@@ -570,7 +581,7 @@ def resume(cfg, parts, data):
         return start, None
     log = open(out / 'log.jsonl', 'a' if start else 'w')
     if start:                                               # without the lines after the checkpoint
-        log.truncate(log.seek(state['log_bytes']))
+        log.truncate(min(log.seek(0, os.SEEK_END), state['log_bytes']))
     else:
         (out / 'last.pt').unlink(missing_ok=True)           # of a demo before this one
         print(json.dumps(dict(config=asdict(cfg), torch=torch.__version__)), file=log, flush=True)

@@ -122,7 +122,7 @@ def save(path, state):
 ADVICE = {                  # words of an error -> what to do about it
     'shared memory': '/dev/shm is full; enlarge it (docker --shm-size), or lower --workers',
     'DataLoader timed out': 'no data came for a long time; is the storage there?',
-    'DataLoader worker': 'a data worker died, probably out of memory; lower --workers',
+    'DataLoader worker (pid': 'a data worker died, probably out of memory; lower --workers',
     'gloo': 'another rank has ended; its own message is above or below',
     'NCCL': 'another rank has ended; its own message is above or below'}
 

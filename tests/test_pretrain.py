@@ -3,7 +3,9 @@ import csv
 import json
 import math
 import os
+import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -191,6 +193,20 @@ def test_a_folder_that_was_not_prepared_is_refused_with_the_command_and_leaves_n
     assert not (tmp_path / 'run').exists()
 
 
+def test_a_damaged_index_or_array_is_named(folder, tmp_path):
+    prepared = pathlib.Path(shutil.copytree(folder, tmp_path / 'prepared'))
+    data = Slices(Config(**DEMO), prepared)
+    for damaged in (b'', b'text', next(prepared.rglob('*.npy')).read_bytes()[:200]):
+        path = prepared / os.fsdecode(data.paths[0])
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f'{re.escape(str(path))}: .*; delete it and run prepare.py again'):
+            data.load(0, 0)
+    for text in ('', 'path,slices\na.npy,1\n', 'path,slices,height,width\na.npy,0,99,99\na.npy,one,99,99\n'):
+        (prepared / 'index.csv').write_text(text)
+        with pytest.raises(ValueError, match='index.csv lists no images as prepare.py does'):
+            Slices(Config(**DEMO), prepared)
+
+
 def test_a_data_worker_has_one_thread(folder):
     class Threads(Slices):
         def __getitem__(self, i):
@@ -234,7 +250,7 @@ def test_init_takes_the_encoder_of_a_file_at_any_size_and_refuses_another_shape(
 
 def test_the_demo_runs_under_torchrun_and_leaves_what_it_promises(demo):
     out, text, lines = demo
-    assert '9 files, 3 of them volumes, 30 slices' in text and '6 steps of 8 images = 1 ranks x 8 x 1' in text
+    assert '9 files, 3 of them volumes, 30 slices' in text and 'steps 0 to 6 of 8 images = 1 ranks x 8 x 1' in text
     assert 'trained - random init' in text and f'python vit.py IMAGE {out}/last.pt' in text
     for name in ('last.pt', 'step_000003.pt', 'step_000006.pt', 'report.json', 'views.png', 'attention.png'):
         assert (out / name).exists(), name
