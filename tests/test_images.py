@@ -292,11 +292,13 @@ def test_absent_files_and_pages_of_other_sizes_are_refused(tmp_path):
 
 READ_EACH = """
 import sys, time
+from pathlib import Path
 sys.modules.update(dict.fromkeys(sys.argv[1].split()))      # to import what is None fails
 import images
 
 def peak():                         # kB on Linux; ru_maxrss begins with that of the parent
-    return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])
+    status = Path('/proc', 'self', 'status').read_text()
+    return int(status.split('VmHWM:')[1].split()[0])
 
 before = peak()
 for path in sys.argv[2:]:
