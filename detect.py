@@ -53,7 +53,9 @@ import detr
 import images
 import mask
 import vit
-from metrics import mcnemar
+from metrics import caught, challenge, curve, matched, mcnemar, sensitivity, step_area
+from retinanet import (LEVELS, RATIOS, SCALES, Pyramid, Tower, anchors, area, boxes_of, grids, intersection, losses,
+                       match, pairwise_iou)
 from run import cosine, lock, option, parse, save, setup
 from phantom import breast
 
@@ -182,144 +184,13 @@ def check(cfg, ranks):
 
 # ---- anchors and boxes (RetinaNet, Lin 2017) ------------------------------------------------------------------------
 
-LEVELS = dict(P3=(7, 3.5, 16), P4=(14, 7, 32), P5=(28, 14, 64), P6=(56, 14, 128))       # stride, first centre, base
-RATIOS, SCALES = (0.5, 1.0, 2.0), (1.0, 1.26, 1.587)        # height / width; times the base
-
-
-def grids(size):
-    """Cells per side of P3 … P6: 74, 37, 18, 9 at 518. Pooling drops the last token of an odd grid."""
-    patches = size // 14
-    return 2 * patches, patches, patches // 2, (patches // 2 + 1) // 2
-
-
-def anchors(size):
-    """All anchors of a size x size image, (A, 4) x0 y0 x1 y1 in its pixels, 65,250 at 518: by level from P3, row,
-    column, then nine shapes, the ratio in the outer loop.
-
-    They sit where the cells look: max-pooling and a strided convolution over an odd grid leave P5 at 28 (j + 0.5) and
-    P6 at 56 j + 14. size / cells times j + 0.5, as in the paper's code, is up to 27 pixels off.
-    """
-    levels = []
-    for cells, (stride, first, base) in zip(grids(size), LEVELS.values()):
-        centre = first + stride * torch.arange(cells, dtype=torch.float64)
-        y, x = torch.meshgrid(centre, centre, indexing='ij')
-        half = torch.tensor([(base * scale / math.sqrt(ratio) / 2, base * scale * math.sqrt(ratio) / 2)
-                             for ratio in RATIOS for scale in SCALES], dtype=torch.float64)             # (9, 2)
-        middle = torch.stack([x, y], dim=-1).view(-1, 1, 2)                             # (cells^2, 1, 2)
-        levels.append(torch.cat([middle - half, middle + half], dim=-1).view(-1, 4))
-    return torch.cat(levels).float()
-
-
 @lru_cache(maxsize=2)
 def places(size, device):
     """`anchors` on a device, made once"""
     return anchors(size).to(device)
 
 
-def encode(boxes, anchors):
-    """Boxes (n, 4) as seen from their anchors (n, 4): dx, dy in anchor sizes, log dw, log dh. (n, 4)"""
-    size, anchor = boxes[:, 2:] - boxes[:, :2], anchors[:, 2:] - anchors[:, :2]
-    shift = (boxes[:, 2:] + boxes[:, :2] - anchors[:, 2:] - anchors[:, :2]) / 2
-    return torch.cat([shift / anchor, torch.log(size / anchor)], dim=1)
-
-
-def decode(deltas, anchors):
-    """`encode` undone, in fp32: (n, 4), (n, 4) -> boxes (n, 4), no side more than 1000 / 16 times its anchor's."""
-    deltas, anchors = deltas.float(), anchors.float()
-    anchor = anchors[:, 2:] - anchors[:, :2]
-    middle = (anchors[:, 2:] + anchors[:, :2]) / 2 + deltas[:, :2] * anchor
-    half = anchor * deltas[:, 2:].clamp(max=math.log(1000 / 16)).exp() / 2
-    return torch.cat([middle - half, middle + half], dim=1)
-
-
-def intersection(a, b):
-    """Common area of boxes a (n, 4) and b (m, 4) -> (n, m)"""
-    low, high = torch.maximum(a[:, None, :2], b[None, :, :2]), torch.minimum(a[:, None, 2:], b[None, :, 2:])
-    return (high - low).clamp_min(0).prod(-1)
-
-
-def area(boxes):
-    return (boxes[:, 2:] - boxes[:, :2]).prod(-1)
-
-
-def pairwise_iou(a, b):
-    """Intersection over union of boxes a (n, 4) and b (m, 4) -> (n, m), 0 where both are empty."""
-    common = intersection(a, b)
-    return common / (area(a)[:, None] + area(b)[None] - common).clamp_min(1e-12)
-
-
-def match(boxes, anchors, high=0.5, low=0.4):
-    """Which lesion each anchor answers for: boxes (G, 4), anchors (A, 4) -> (A,), its number, -1 for background (best
-    IoU below `low`), -2 for ignored (between).
-
-    The anchors that fit a lesion best are positive even below `low`, or small lesions would have none; each answers for
-    the lesion that fits it best. `most > 0`: a lesion that touches no anchor would tie with all of them at 0.
-    """
-    if not len(boxes):
-        return torch.full((len(anchors),), -1, device=anchors.device)
-    overlap = pairwise_iou(boxes, anchors)                                                       # (G, A)
-    best, lesion = overlap.max(0)
-    matched = torch.where(best >= high, lesion, torch.where(best < low, -1, -2))
-    most = overlap.max(1, keepdim=True).values
-    return torch.where(((overlap == most) & (most > 0)).any(0), lesion, matched)
-
-
-def nms(boxes, scores, iou=0.5, top=None):
-    """Non-maximum suppression: boxes (n, 4), scores (n,) -> the numbers of those kept, best first, at most `top`.
-    Every box that overlaps a kept one by more than `iou` goes."""
-    order, kept = torch.sort(scores, descending=True, stable=True).indices, []
-    while len(order) and len(kept) != top:
-        kept.append(order[0])
-        order = order[1:][pairwise_iou(boxes[order[:1]], boxes[order[1:]])[0] <= iou]
-    return torch.stack(kept) if kept else order
-
-
 # ---- the detector (DBT-DINO 6.2.3) ----------------------------------------------------------------------------------
-
-class Pyramid(nn.Module):
-    """The paper's neck: patch tokens (B, g g, D) -> four levels (B, C, cells, cells).
-
-    The paper calls it a feature pyramid network and describes the simple pyramid of ViTDet (Li 2022): every level is
-    made from the last token grid. A top-down path would add coarse maps of much meaning to fine ones of little; a plain
-    ViT has one map, which means the same at every level.
-    """
-
-    def __init__(self, width, channels):
-        super().__init__()
-        self.reduce = nn.Linear(width, channels)            # a 1x1 convolution, before the tokens become a grid
-        self.p3, self.p4, self.p5 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
-        self.p6 = nn.Conv2d(channels, channels, 3, padding=1, stride=2)
-
-    def forward(self, tokens):
-        side = math.isqrt(tokens.shape[1])
-        x = self.reduce(tokens).transpose(1, 2).unflatten(2, (side, side))              # (B, C, g, g)
-        finer = F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=False)
-        p5 = self.p5(F.max_pool2d(x, 2))
-        return [self.p3(finer), self.p4(x), p5, self.p6(p5)]
-
-
-class Tower(nn.Module):
-    """Four times 3x3 convolution, GroupNorm, ReLU, dropout; then the 3x3 convolution that answers, shared by all
-    levels: (B, C, h, w) -> (B, outputs, h, w). Whole channels are dropped, at half the rate in the first three, as in
-    the paper's code. It answers in fp32, since half precision has too few numbers to tell thousands of small scores
-    apart."""
-
-    def __init__(self, channels, outputs, dropout):
-        super().__init__()
-        self.conv = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(4))
-        self.norm = nn.ModuleList(nn.GroupNorm(32, channels) for _ in range(4))
-        self.drop = nn.ModuleList(nn.Dropout2d(p) for p in (*[dropout / 2] * 3, dropout))
-        self.answer = nn.Conv2d(channels, outputs, 3, padding=1)
-        for layer in (*self.conv, self.answer):
-            nn.init.normal_(layer.weight, std=0.01)
-        nn.init.zeros_(self.answer.bias)
-
-    def forward(self, x):
-        for conv, norm, drop in zip(self.conv, self.norm, self.drop):
-            x = drop(F.relu(norm(conv(x))))
-        with torch.autocast(x.device.type, enabled=False):
-            return self.answer(x.float())
-
 
 class Features(nn.Module):
     """Encoder and pyramid: images (B, 1, S, S) in [0, 1] -> four levels (B, C, cells, cells)."""
@@ -439,30 +310,6 @@ class SetDetector(Features):
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
-
-def focal_loss(logits, targets, alpha=0.25, gamma=2.0):
-    """Sum over anchors of -alpha_t (1 - p_t)^gamma log p_t (Lin 2017), from logits and in fp32. Of any shape; p_t and
-    alpha_t are linear in targets between 0 and 1. A negative alpha leaves the weights out."""
-    logits, targets = logits.float(), targets.float()
-    p = torch.sigmoid(logits)
-    p_t = p * targets + (1 - p) * (1 - targets)
-    alpha_t = alpha * targets + (1 - alpha) * (1 - targets) if alpha >= 0 else 1.0
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction='none')
-    return (alpha_t * (1 - p_t) ** gamma * cross_entropy).sum()
-
-
-def losses(cfg, logits, deltas, batch, anchors):
-    """Sums over a micro-batch: focal loss over all anchors but the ignored, smooth L1 over the positives (6.2.3; its
-    beta is not given, 0.1 is ours: most deltas are small). Smoothing moves the positives alone, or 65,000 negatives at
-    half of it would drown them. logits (B, A), deltas (B, A, 4), batch['match'] (B, A) as `match` gives it,
-    batch['boxes'] a list of (G, 4)."""
-    match = batch['match'].to(logits.device)
-    positive, counted = match >= 0, match != -2
-    focal = focal_loss(logits[counted], (1 - cfg.smoothing) * positive[counted], cfg.alpha, cfg.gamma)
-    wanted = [encode(boxes.to(logits.device)[m[p]], anchors[p]) for boxes, m, p in zip(batch['boxes'], match, positive)]
-    box = F.smooth_l1_loss(deltas[positive].float(), torch.cat(wanted), beta=0.1, reduction='sum')
-    return focal, box
-
 
 # ---- fused representations (FFDM and SM) -----------------------------------------------------------------------------
 
@@ -643,23 +490,6 @@ def unpacked(state):
 
 # ---- from answers to findings ---------------------------------------------------------------------------------------
 
-def boxes_of(logits, deltas, anchors, size, iou=0.1, top=50, per_level=500):
-    """One image's answers (A,), (A, 4) -> boxes (n, 4) inside the image and scores (n,), best first: the best
-    `per_level` of each level, decoded, clipped, and thinned out by `nms` over all levels. No score is too low: FROC
-    needs the tail."""
-    scores, kept, start = logits.float().sigmoid(), [], 0
-    for cells in grids(size):
-        end = start + len(RATIOS) * len(SCALES) * cells ** 2
-        kept.append(start + scores[start:end].topk(min(per_level, end - start)).indices)
-        start = end
-    kept = torch.cat(kept)
-    boxes, scores = decode(deltas[kept], anchors[kept]).clamp(0, size), scores[kept]
-    there = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    boxes, scores = boxes[there], scores[there]
-    kept = nms(boxes, scores, iou, top)
-    return boxes[kept], scores[kept]
-
-
 def grouped(boxes, scores, slices, overlap=0.5, gap=1):
     """Which boxes of a volume are one finding: (numbers of its boxes, the best first; first slice; last slice) of each,
     the best finding first. The rule is ours; 2.4 says only that slices are aggregated to the volume.
@@ -707,130 +537,6 @@ def merged(boxes, scores, slices, overlap, gap):
 
 
 # ---- the score: FROC (DBTex), FAUC (FFDM and SM, fused), AP and top-1 (IHRRB-DINO) -----------------------------------
-
-@dataclass
-class Matched:
-    """Predictions against lesions, P and G of them, in V images or volumes. What counts how often, as in a bootstrap
-    draw, is said by weights (V + 1,): one for each volume, the last for predictions in volumes that are not listed."""
-    score: np.ndarray           # (P,)
-    lesion: np.ndarray          # (P,) the lesion that was hit, -1 for none
-    volume: np.ndarray          # (P,) number of the volume, -1 for one that is not listed
-    home: np.ndarray            # (G,) number of the volume of each lesion
-    best: np.ndarray            # (G,) the highest score that hit it, -inf for none
-    volumes: int                # V
-
-    def each(self):
-        """Every volume once; predictions in no listed volume are false positives all the same."""
-        return np.ones(self.volumes + 1)
-
-    def ill(self, weight=None):
-        """`weight`, or 1, for the volumes that hold a lesion; 0 for the others and the unlisted."""
-        held = np.bincount(self.home, minlength=self.volumes + 1) > 0
-        return held * (self.each() if weight is None else weight)
-
-
-def matched(volumes, truth, predictions, min_distance=100):
-    """The challenge's rule. volumes [id, slices], truth [id, x, y, w, h, slice], predictions [id, x, y, w, h, z, depth,
-    score], in pixels of the volume. -> Matched
-
-    A prediction hits the nearest lesion whose centre is at most max(half its diagonal, min_distance) away in the plane
-    and at most slices / 4 along z, where the prediction's centre is z + depth / 2. Nearest is the distance with pixels
-    and slices added alike. (The challenge's page says "less than", its code "at most".) Truth without a slice has no
-    rule along z, nor has a volume of infinitely many slices.
-    """
-    number, slices = {v[0]: i for i, v in enumerate(volumes)}, {v[0]: v[-1] for v in volumes}
-    lesions, hit = defaultdict(list), []
-    for g, row in enumerate(truth):
-        if row[0] not in number:
-            raise ValueError(f'a lesion lies in {row[0]}, which is not among the volumes')
-        lesions[row[0]].append(g)
-    for name, x, y, w, h, *extent, _ in predictions:        # extent: z and depth
-        nearest, least = -1, math.inf
-        for g in lesions.get(name, ()):
-            _, gx, gy, gw, gh, *z = truth[g]
-            dx, dy = x + w / 2 - gx - gw / 2, y + h / 2 - gy - gh / 2
-            dz = extent[0] + extent[1] / 2 - z[0] if z else 0.0
-            reached = math.hypot(dx, dy) <= max(math.hypot(gw, gh) / 2, min_distance)
-            if reached and (not z or abs(dz) <= slices[name] / 4) and math.hypot(dx, dy, dz) < least:
-                nearest, least = g, math.hypot(dx, dy, dz)
-        hit.append(nearest)
-    score, hit = np.array([row[-1] for row in predictions], float), np.array(hit, int)
-    if not np.isfinite(score).all():
-        raise ValueError('a score that is no finite number')
-    best = np.full(len(truth), -np.inf)
-    np.maximum.at(best, hit[hit >= 0], score[hit >= 0])
-    return Matched(score, hit, np.array([number.get(row[0], -1) for row in predictions], int),
-                   np.array([number[row[0]] for row in truth], int), best, len(volumes))
-
-
-def curve(m, weight, every=False):
-    """FROC: thresholds from high to low, false positives per volume and sensitivity at each, (n,) three times.
-
-    The challenge puts its thresholds at the scores of hits and one beyond each end; `every` puts one at each score, for
-    areas under a step curve. A volume counts as often as its `weight` says. Further hits on a lesion are neither true
-    nor false positives. NaN where no volume or no lesion counts.
-    """
-    seen = weight[m.volume] > 0
-    score, false, count = m.score[seen], m.lesion[seen] < 0, weight[m.volume[seen]]
-    edges = (score.min() - 1, score.max() + 1) if len(score) else (0.0,)
-    thresholds = np.unique(np.append(score if every else score[~false], edges))[::-1]
-
-    def above(values, weights):
-        """The weight of the values at or above each threshold."""
-        order = np.argsort(values)
-        total = np.append(0, np.cumsum(weights[order]))
-        return total[-1] - total[np.searchsorted(values[order], thresholds)]
-
-    volumes, lesions = weight[:-1].sum(), weight[m.home].sum()
-    if not volumes or not lesions:
-        return thresholds, np.full(len(thresholds), np.nan), np.full(len(thresholds), np.nan)
-    return thresholds, above(score[false], count[false]) / volumes, above(m.best, weight[m.home]) / lesions
-
-
-def sensitivity(m, rates, weight):
-    """Sensitivity at these false positives per volume: linear between the points of the curve, held after the last."""
-    _, false_positives, found = curve(m, weight)
-    return np.interp(rates, false_positives, found)
-
-
-def froc(volumes, truth, predictions, min_distance=100):
-    """The challenge's numbers, keys as its evaluator has them: sensitivity at 1, 2, 3, 4 false positives per volume
-    over the volumes with a lesion, their mean, which ranks, and at 2 over all volumes. Rows as in `matched`. Without a
-    prediction all are 0; without a lesion they are not defined and NaN."""
-    return challenge(matched(volumes, truth, predictions, min_distance))
-
-
-def challenge(m):
-    """`froc` of what is matched."""
-    at = sensitivity(m, [1, 2, 3, 4], m.ill())
-    return dict(sensitivity_at_2_fps_all=float(sensitivity(m, 2, m.each())),
-                **{f'sensitivity_at_{k}_fps_positive': float(v) for k, v in zip((1, 2, 3, 4), at)},
-                mean_sensitivity_positive=float(at.mean()))
-
-
-def fauc(images, truth, predictions, min_distance=100, x=1.0):
-    """FAUC-x (the paper on fused FFDM and SM): area under the FROC curve up to x false positives per image, divided by
-    x. It does not say how it interpolates: here a step curve over all scores, the last sensitivity held to x.
-
-    images: ids, numbers or strings, or rows that start with one; truth [id, x, y, w, h], predictions [id, x, y, w, h,
-    score]; slices, where given, play no part."""
-    images = [(image if np.ndim(image) == 0 else image[0], math.inf) for image in images]
-    m = matched(images, [row[:5] for row in truth], predictions, min_distance)
-    return step_area(m, m.each(), x)
-
-
-def step_area(m, weight, x=1.0):
-    """Area under the step curve up to x false positives per volume, divided by x."""
-    _, false_positives, found = curve(m, weight, every=True)
-    return float((np.diff(np.append(np.minimum(false_positives, x), x)) * found).sum() / x)
-
-
-def caught(m, rate, weight):
-    """Which lesions are found at the lowest threshold with at most `rate` false positives per volume, bool (G,)."""
-    thresholds, false_positives, _ = curve(m, weight, every=True)
-    allowed = np.flatnonzero(false_positives <= rate)       # none where no volume counts
-    return m.best >= thresholds[allowed[-1]] if len(allowed) else np.zeros(len(m.best), bool)
-
 
 @dataclass
 class Overlapping:

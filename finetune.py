@@ -40,14 +40,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from scipy import stats
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import images
 import vit
-from metrics import knn, mcnemar, resample
+from metrics import (auc, benjamini_hochberg, confusion, delong, delong_interval, f1, in_year, kappa, knn, mcnemar,
+                     resample, roc, yearly_auc, youden)
 from run import cosine, lock, option, parse, save, setup
 from phantom import breast
 
@@ -159,119 +159,6 @@ def resolved(cfg, ranks=1):
 
 
 # ---- statistics (DBT-DINO 2.5) --------------------------------------------------------------------------------------
-
-def auc(y, s):
-    """Area under the ROC curve = P(score of a positive > score of a negative), ties counting half (Mann-Whitney).
-    y (n,) 0 or 1, s (n,) scores. NaN where one class is absent."""
-    y = np.asarray(y) > 0
-    m, n = y.sum(), (~y).sum()                              # positives, negatives
-    if m == 0 or n == 0:
-        return math.nan
-    return float((stats.rankdata(s)[y].sum() - m * (m + 1) / 2) / (m * n))
-
-
-def _delong(y, scores):
-    """AUCs (k,) of k models, scores (k, m + n), and their covariance (k, k), from midranks (Sun & Xu 2014): of the
-    share of negatives that each positive beats, and the share of positives that beat each negative."""
-    y, scores = np.asarray(y) > 0, np.asarray(scores, float)
-    m, n, ranks = y.sum(), (~y).sum(), stats.rankdata(scores, axis=1)                   # positives, negatives
-    beaten = (ranks[:, y] - stats.rankdata(scores[:, y], axis=1)) / n                   # (k, m)
-    beating = 1 - (ranks[:, ~y] - stats.rankdata(scores[:, ~y], axis=1)) / m            # (k, n)
-    if min(m, n) < 2:                                       # a single case has no variance
-        return beaten.mean(1), np.full((len(scores),) * 2, math.nan)
-    return beaten.mean(1), np.atleast_2d(np.cov(beaten) / m + np.cov(beating) / n)
-
-
-def delong(y, s1, s2):
-    """DeLong's test of two models on the same cases -> (auc1, auc2, p), two-sided. It takes cases as independent;
-    where a patient has several, trust the bootstrap by patient. Equal scores give p = 1; NaN with fewer than two
-    cases of a class."""
-    a1, a2 = auc(y, s1), auc(y, s2)
-    if math.isnan(a1):
-        return a1, a2, math.nan
-    if np.array_equal(stats.rankdata(s1), stats.rankdata(s2)):
-        return a1, a2, 1.0
-    _, covariance = _delong(y, (s1, s2))
-    variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
-    if variance < 1e-18:                                    # no variance to test against
-        return a1, a2, 1.0 if a1 == a2 else math.nan
-    return a1, a2, float(2 * stats.norm.sf(abs(a1 - a2) / math.sqrt(variance)))
-
-
-def delong_interval(y, s, level=0.95):
-    """Normal interval (low, high) of one AUC with DeLong's variance, clipped to 0..1. It collapses at AUC 1."""
-    area, variance = _delong(y, (s,))
-    half = stats.norm.ppf(0.5 + level / 2) * math.sqrt(variance[0, 0])
-    return float(max(area[0] - half, 0)), float(min(area[0] + half, 1))
-
-
-def confusion(y, yhat, classes):
-    """Counts (C, C), truth by row, prediction by column. `classes`: their number, or the labels themselves."""
-    labels = np.arange(classes) if np.ndim(classes) == 0 else np.asarray(classes)
-    return ((np.asarray(y)[:, None] == labels).T.astype(float) @ (np.asarray(yhat)[:, None] == labels)).astype(int)
-
-
-def f1(y, yhat, classes, average='macro'):
-    """2 TP / (2 TP + FP + FN), 0 where a class neither occurs nor is predicted.
-
-    average: 'macro', the plain mean over all classes, absent ones too (DBT-DINO 6.2.1; MammoDINO does not say);
-    'weighted', by true frequency; 'micro', over all cases, which is accuracy.
-    """
-    counts = confusion(y, yhat, classes)
-    hits, true, guessed = np.diag(counts), counts.sum(1), counts.sum(0)
-    each = 2 * hits / np.maximum(true + guessed, 1)
-    averages = dict(macro=each.mean(), weighted=(each * true).sum() / max(true.sum(), 1),
-                    micro=hits.sum() / max(true.sum(), 1))
-    if average not in averages:
-        raise ValueError(f"average {average!r}: expected {', '.join(averages)}")
-    return float(averages[average])
-
-
-def kappa(y, yhat, classes):
-    """Cohen's kappa with quadratic weights (i - j)^2 over all classes, for ordered ones. NaN where truth and
-    prediction are one and the same single class."""
-    counts = confusion(y, yhat, classes)
-    i = np.arange(len(counts))
-    weight = np.square(i[:, None] - i)
-    chance = np.outer(counts.sum(1), counts.sum(0)) / max(counts.sum(), 1)
-    return float(1 - (weight * counts).sum() / (weight * chance).sum()) if (weight * chance).any() else math.nan
-
-
-def benjamini_hochberg(p):
-    """Adjusted p values (n,): reject those <= alpha to hold the false discovery rate. p_(i) n / i, made monotone."""
-    p = np.asarray(p, float)
-    order = np.argsort(p)[::-1]
-    adjusted = np.minimum.accumulate(p[order] * len(p) / np.arange(len(p), 0, -1))
-    return np.minimum(adjusted, 1)[np.argsort(order)]
-
-
-def roc(y, s):
-    """-> false and true positive rates and thresholds, from (0, 0) to (1, 1); one point for each distinct score."""
-    order = np.argsort(-np.asarray(s), kind='stable')
-    y, s = np.asarray(y)[order] > 0, np.asarray(s)[order]
-    last = np.append(s[1:] != s[:-1], True)
-    tp, fp = np.cumsum(y)[last], np.cumsum(~y)[last]
-    return np.append(0, fp / max(fp[-1], 1)), np.append(0, tp / max(tp[-1], 1)), np.append(np.inf, s[last])
-
-
-def youden(y, s):
-    """The threshold with the largest sensitivity + specificity, for `s >= threshold`; chosen on validation."""
-    fpr, tpr, thresholds = roc(y, s)
-    return float(thresholds[1 + np.argmax((tpr - fpr)[1:])])                            # not the one above all scores
-
-
-def in_year(y, mask):
-    """Who takes part in the AUROC of each year, bool (n, T), as in DBT-DINO's code. Positives of year t are the cancers
-    found in that year; negatives the exams without cancer in all T years that were still followed in year t."""
-    y = np.asarray(y) > 0
-    return (np.asarray(mask) > 0) & (y | ~y.any(1, keepdims=True))
-
-
-def yearly_auc(y, mask, p):
-    """AUROC of each year (T,) under censoring: y 0 or 1 (cancer by then), mask 1 where observed, p, all (n, T)."""
-    y, p, use = np.asarray(y) > 0, np.asarray(p), in_year(y, mask)                      # (n, T) each
-    return np.array([auc(y[use[:, t], t], p[use[:, t], t]) for t in range(y.shape[1])])
-
 
 # ---- cumulative hazard (DBT-DINO 6.2.2; Yala 2021) ------------------------------------------------------------------
 

@@ -184,7 +184,7 @@ def linear(x, y, groups, folds=5, decay=1e-2):
 
 def value_of(y, p):
     """AUC of a yes-or-no question, else accuracy."""
-    return finetune.auc(y, p[:, 1]) if p.shape[1] == 2 else np.mean(p.argmax(1) == y)
+    return metrics.auc(y, p[:, 1]) if p.shape[1] == 2 else np.mean(p.argmax(1) == y)
 
 
 READOUTS = {'CLS k-NN': (nearest, 0), 'CLS linear': (linear, 0), 'patches linear': (linear, 1)}
@@ -738,7 +738,7 @@ def looks(heat, component, tissue, lesion):
         values |= {name: metric(*arrays), f'{name}_low': low, f'{name}_high': high}
     for name, yes, of in (('component_tissue', tissue > 0.5, (tissue > 0.5) | (tissue == 0)),
                           ('component_lesion', lesion > 0.25, tissue > 0.5)):
-        told = [finetune.auc(y[use], c[use]) for y, c, use in zip(yes, component, of)]
+        told = [metrics.auc(y[use], c[use]) for y, c, use in zip(yes, component, of)]
         values[name] = np.nanmean([max(v, 1 - v) for v in told])
     return values
 
@@ -837,7 +837,7 @@ def stages(out, place, root, seed, beside):
 
 def areas_by_class(m, weight, classes):
     """FAUC-1 of all lesions, then of each class alone, false positives counted as for all: (1 + classes,)"""
-    thresholds, false_positives, _ = detect.curve(m, weight, every=True)
+    thresholds, false_positives, _ = metrics.curve(m, weight, every=True)
     width = np.diff(np.append(np.minimum(false_positives, 1), 1))
     found = m.best >= thresholds[width > 0, None]                                       # (thresholds, G)
     count = weight[m.home] * np.array([classes == classes, *(classes == name for name in sorted(set(classes)))])

@@ -17,6 +17,8 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 
 import detect
+import retinanet
+import metrics
 import images
 import phantom
 import prepare
@@ -51,8 +53,8 @@ def dicom(path, pixels):
 # ---- anchors, matching, loss --------------------------------------------------------------------------------------
 
 def test_the_paper_s_anchors_are_65250_and_sit_where_the_cells_look():
-    a = detect.anchors(518)
-    assert a.shape == (65250, 4) and detect.grids(518) == (74, 37, 18, 9)
+    a = retinanet.anchors(518)
+    assert a.shape == (65250, 4) and retinanet.grids(518) == (74, 37, 18, 9)
     middle, start = (a[:, :2] + a[:, 2:]) / 2, 0
     for cells, centre in zip((74, 37, 18, 9), (lambda j: 7 * (j + .5), lambda j: 14 * (j + .5), lambda j: 28 * (j + .5),
                                                lambda j: 56 * j + 14)):
@@ -70,12 +72,12 @@ def test_the_paper_s_anchors_are_65250_and_sit_where_the_cells_look():
 def test_anchors_sit_at_the_centroid_of_what_moves_their_cell(size):
     torch.manual_seed(0)
     side, start = size // 14, 0
-    pyramid = detect.Pyramid(4, 32)
+    pyramid = retinanet.Pyramid(4, 32)
     pyramid.reduce.weight.data.fill_(1.0)
     for convolution in (pyramid.p3, pyramid.p4, pyramid.p5, pyramid.p6):                # the middle of each kernel
         convolution.weight.data.zero_()[:, :, 1, 1] = 1.0
-    for level, cells in enumerate(detect.grids(size)):
-        middle = detect.anchors(size)[start:start + 9 * cells ** 2].view(cells, cells, 9, 2, 2).mean(3)
+    for level, cells in enumerate(retinanet.grids(size)):
+        middle = retinanet.anchors(size)[start:start + 9 * cells ** 2].view(cells, cells, 9, 2, 2).mean(3)
         start, j, tokens = start + 9 * cells ** 2, cells - 1, torch.rand(64, side * side, 4, requires_grad=True)
         pyramid(tokens)[level][:, :, j, j - 1].sum().backward()                         # last row, last column but one
         pulls = tokens.grad.abs().sum((0, 2)).view(side, side).sum(0)
@@ -86,10 +88,10 @@ def test_anchors_sit_at_the_centroid_of_what_moves_their_cell(size):
 
 def test_decode_undoes_encode_and_both_equal_the_references():
     anchors, boxes = case('coder_anchors'), case('coder_gt')
-    assert torch.allclose(detect.encode(boxes, anchors), case('coder_encode'), atol=1e-5)
-    assert torch.allclose(detect.decode(detect.encode(boxes, anchors), anchors), boxes, atol=1e-2)
-    assert torch.allclose(detect.decode(case('coder_deltas'), anchors), case('coder_decode'), rtol=1e-5, atol=1e-4)
-    wild = detect.decode(torch.tensor([[0, 0, 50., 50.]]).half(), torch.tensor([[0, 0, 16., 16.]]))
+    assert torch.allclose(retinanet.encode(boxes, anchors), case('coder_encode'), atol=1e-5)
+    assert torch.allclose(retinanet.decode(retinanet.encode(boxes, anchors), anchors), boxes, atol=1e-2)
+    assert torch.allclose(retinanet.decode(case('coder_deltas'), anchors), case('coder_decode'), rtol=1e-5, atol=1e-4)
+    wild = retinanet.decode(torch.tensor([[0, 0, 50., 50.]]).half(), torch.tensor([[0, 0, 16., 16.]]))
     assert wild.dtype == torch.float32 and torch.allclose(wild[0, 2:] - wild[0, :2], torch.full((2,), 1000.0))
 
 
@@ -98,51 +100,51 @@ def test_matching_equals_the_reference_with_low_quality_matches():
     for name in RETINANET:
         if name.endswith('_gt') and name.startswith('match'):
             expected = case(name.replace('_gt', '_out')).long()
-            assert (detect.match(case(name), anchors, 0.5, 0.4) == expected).all()
+            assert (retinanet.match(case(name), anchors, 0.5, 0.4) == expected).all()
             tried += 1
     assert tried == 6
 
 
 def test_a_box_that_overlaps_nothing_matches_nothing():
-    anchors = detect.anchors(56)
+    anchors = retinanet.anchors(56)
     away = torch.tensor([[-900., -900, -890, -890]])
-    assert (detect.match(away, anchors) == -1).all()
-    assert (detect.match(torch.zeros(0, 4), anchors) == -1).all()
-    both = detect.match(torch.cat([away, torch.tensor([[20., 20, 30, 30]])]), anchors)
+    assert (retinanet.match(away, anchors) == -1).all()
+    assert (retinanet.match(torch.zeros(0, 4), anchors) == -1).all()
+    both = retinanet.match(torch.cat([away, torch.tensor([[20., 20, 30, 30]])]), anchors)
     assert (both == 1).any() and not (both == 0).any()
 
 
 def test_focal_loss_equals_the_reference():
     for i in range(3):
         alpha, gamma, total = RETINANET[f'focal{i}']
-        found = detect.focal_loss(case('focal_logits'), case('focal_targets'), alpha, gamma)
+        found = retinanet.focal_loss(case('focal_logits'), case('focal_targets'), alpha, gamma)
         assert found.item() == pytest.approx(total, rel=1e-5)
     logits = torch.tensor([60., -60.], dtype=torch.bfloat16, requires_grad=True)        # confident and wrong
-    detect.focal_loss(logits, torch.tensor([0., 1.])).backward()
+    retinanet.focal_loss(logits, torch.tensor([0., 1.])).backward()
     assert logits.grad.float().abs().min() > 0.1 and logits.grad.isfinite().all()
 
 
 def test_ignored_anchors_are_in_no_loss_and_images_without_lesions_have_one():
-    anchors, cfg = detect.anchors(56), Config()
+    anchors, cfg = retinanet.anchors(56), Config()
     boxes = [torch.tensor([[10., 10, 34, 36]]), torch.zeros(0, 4)]
-    batch = dict(boxes=boxes, match=torch.stack([detect.match(b, anchors, 0.5, 0.4) for b in boxes]))
+    batch = dict(boxes=boxes, match=torch.stack([retinanet.match(b, anchors, 0.5, 0.4) for b in boxes]))
     torch.manual_seed(0)
     logits, deltas = torch.randn(2, len(anchors)), torch.randn(2, len(anchors), 4)
     by_hand = [0.0, 0.0]
     for b in range(2):
         for a, m in enumerate(batch['match'][b].tolist()):
             if m != -2:
-                by_hand[0] += detect.focal_loss(logits[b, a], torch.tensor(float(m >= 0))).item()
+                by_hand[0] += retinanet.focal_loss(logits[b, a], torch.tensor(float(m >= 0))).item()
             if m >= 0:
-                off = (deltas[b, a] - detect.encode(boxes[b][m:m + 1], anchors[a:a + 1])[0]).abs()
+                off = (deltas[b, a] - retinanet.encode(boxes[b][m:m + 1], anchors[a:a + 1])[0]).abs()
                 by_hand[1] += torch.where(off < 0.1, 5 * off ** 2, off - 0.05).sum().item()
-    focal, box = detect.losses(cfg, logits, deltas, batch, anchors)
+    focal, box = retinanet.losses(cfg, logits, deltas, batch, anchors)
     assert (batch['match'] == -2).any() and (batch['match'] >= 0).any()
     assert (focal.item(), box.item()) == pytest.approx(by_hand, rel=1e-4)
-    smooth, _ = detect.losses(replace(cfg, smoothing=0.1), logits, deltas, batch, anchors)
+    smooth, _ = retinanet.losses(replace(cfg, smoothing=0.1), logits, deltas, batch, anchors)
     positive = batch['match'] >= 0
-    change = detect.focal_loss(logits[positive], torch.full((int(positive.sum()),), 0.9)) \
-        - detect.focal_loss(logits[positive], torch.ones(int(positive.sum())))
+    change = retinanet.focal_loss(logits[positive], torch.full((int(positive.sum()),), 0.9)) \
+        - retinanet.focal_loss(logits[positive], torch.ones(int(positive.sum())))
     assert (smooth - focal).item() == pytest.approx(change.item(), rel=0.01)            # backgrounds keep their 0
 
 
@@ -152,11 +154,11 @@ def test_nms_equals_its_definition_and_a_reference_post_processing():
     boxes, scores = torch.cat([corner, corner + 5 + torch.rand(200, 2) * 30], 1), torch.rand(200).round(decimals=1)
     kept = []
     for i in sorted(range(200), key=lambda i: -scores[i].item()):                       # stable: ties keep their order
-        if all(detect.pairwise_iou(boxes[i:i + 1], boxes[j:j + 1]) <= 0.3 for j in kept):
+        if all(retinanet.pairwise_iou(boxes[i:i + 1], boxes[j:j + 1]) <= 0.3 for j in kept):
             kept.append(i)
-    assert detect.nms(boxes, scores, 0.3).tolist() == kept
-    assert detect.nms(boxes, scores, 0.3, top=5).tolist() == kept[:5]
-    assert detect.nms(torch.zeros(0, 4), torch.zeros(0)).tolist() == []
+    assert retinanet.nms(boxes, scores, 0.3).tolist() == kept
+    assert retinanet.nms(boxes, scores, 0.3, top=5).tolist() == kept[:5]
+    assert retinanet.nms(torch.zeros(0, 4), torch.zeros(0)).tolist() == []
 
     size, _, threshold, overlap, top, most = RETINANET['pp_args'].tolist()
     found = []                                              # (score, class, box): top-k per level, NMS per class
@@ -164,11 +166,11 @@ def test_nms_equals_its_definition_and_a_reference_post_processing():
     for level in range(3):
         score = case(f'pp_cls{level}').sigmoid().flatten()
         order = [i for i in score.argsort(descending=True, stable=True).tolist() if score[i] > threshold][:int(top)]
-        box = detect.decode(case(f'pp_reg{level}'), case(f'pp_anc{level}')).clamp(0, size)
+        box = retinanet.decode(case(f'pp_reg{level}'), case(f'pp_anc{level}')).clamp(0, size)
         levels += [(score[i], i % 2, box[i // 2]) for i in order]
     for kind in (0, 1):
         mine = [row for row in levels if row[1] == kind]
-        rows = detect.nms(torch.stack([row[2] for row in mine]), torch.stack([row[0] for row in mine]), overlap)
+        rows = retinanet.nms(torch.stack([row[2] for row in mine]), torch.stack([row[0] for row in mine]), overlap)
         found += [mine[i] for i in rows]
     found = sorted(found, key=lambda row: -row[0].item())[:int(most)]
     assert torch.allclose(torch.stack([row[2] for row in found]), case('pp_boxes'), atol=1e-3)
@@ -181,27 +183,27 @@ def test_the_detector_has_the_paper_s_shapes_and_starts_at_one_percent():
     encoder = vit.ViT(size=126, width=32, depth=1, heads=2, layerscale=1.0)
     detector = detect.Detector(encoder, channels=64).eval()
     logits, deltas = detector(torch.rand(2, 1, 126, 126))
-    assert logits.shape == (2, len(detect.anchors(126))) and deltas.shape == (*logits.shape, 4)
+    assert logits.shape == (2, len(retinanet.anchors(126))) and deltas.shape == (*logits.shape, 4)
     assert logits.sigmoid().mean().item() == pytest.approx(0.01, abs=0.002)
     for tower in (detector.classify, detector.regress):
         assert [conv.weight.shape for conv in tower.conv] == [(64, 64, 3, 3)] * 4
         assert [norm.num_groups for norm in tower.norm] == [32] * 4
         assert [drop.p for drop in tower.drop] == [0.05, 0.05, 0.05, 0.1]
-    grids = [level.shape[-1] for level in detect.Pyramid(8, 32)(torch.rand(1, 37 * 37, 8))]
+    grids = [level.shape[-1] for level in retinanet.Pyramid(8, 32)(torch.rand(1, 37 * 37, 8))]
     assert grids == [74, 37, 18, 9]
 
 
 def test_answers_are_ordered_like_the_anchors():
     """What stands in one cell of one level, in the channel of one shape, comes out at that anchor's number."""
     detector = detect.Detector(vit.ViT(**TINY), channels=32)
-    levels = [torch.zeros(1, 36, n, n) for n in detect.grids(84)]
+    levels = [torch.zeros(1, 36, n, n) for n in retinanet.grids(84)]
     detector.pyramid.forward, detector.regress.forward = lambda tokens: levels, lambda level: level
     detector.classify.forward = lambda level: level[:, :9]
     levels[1][0, 5, 3, 2] = 7.0                             # P4, fourth row, third column, sixth shape
     levels[2][0, 4 * 8 + 3, 1, 0] = 7.0                     # P5, second row, first column, last delta of the last shape
     logits, deltas = detector(torch.rand(1, 1, 84, 84))
     assert torch.nonzero(logits).tolist() == [[0, 9 * 144 + 9 * (3 * 6 + 2) + 5]]
-    x, y = detect.anchors(84)[9 * 144 + 9 * (3 * 6 + 2) + 5].view(2, 2).mean(0).tolist()
+    x, y = retinanet.anchors(84)[9 * 144 + 9 * (3 * 6 + 2) + 5].view(2, 2).mean(0).tolist()
     assert (x, y) == pytest.approx((14 * 2.5, 14 * 3.5))
     assert [0, 9 * 180 + 9 * 3 + 8, 3] in torch.nonzero(deltas).tolist()
 
@@ -258,11 +260,11 @@ def test_faint_boxes_on_every_slice_do_not_stretch_a_finding():
 
 def test_boxes_of_an_image_lie_inside_it_best_first():
     torch.manual_seed(0)
-    anchors = detect.anchors(56)
-    boxes, scores = detect.boxes_of(torch.randn(len(anchors)), 3 * torch.randn(len(anchors), 4), anchors, 56, top=30)
+    anchors = retinanet.anchors(56)
+    boxes, scores = retinanet.boxes_of(torch.randn(len(anchors)), 3 * torch.randn(len(anchors), 4), anchors, 56, top=30)
     assert 0 < len(boxes) <= 30 and (scores.diff() <= 0).all() and boxes.min() >= 0 and boxes.max() <= 56
     assert (boxes[:, 2:] > boxes[:, :2]).all()
-    assert (detect.pairwise_iou(boxes, boxes) - torch.eye(len(boxes))).max() <= 0.1
+    assert (retinanet.pairwise_iou(boxes, boxes) - torch.eye(len(boxes))).max() <= 0.1
 
 
 # ---- the score ----------------------------------------------------------------------------------------------------
@@ -288,7 +290,7 @@ def literal_froc(volumes, truth, predictions, min_distance):
 
 def test_froc_equals_the_challenge_s_evaluator():
     for c in FROC:
-        found = detect.froc(c['volumes'], c['gt'], c['pred'], c['min_dist'])
+        found = metrics.froc(c['volumes'], c['gt'], c['pred'], c['min_dist'])
         assert found == pytest.approx(c['expected'], abs=1e-9), c.get('name')
         points = literal_froc(c['volumes'], c['gt'], c['pred'], c['min_dist'])
         literal = np.interp(2, *zip(*points))
@@ -301,26 +303,26 @@ def test_fauc_equals_the_reference_step_rule():
             ill = {row[0] for row in c['gt']}
             predictions = [[*row[:5], row[-1]] for row in c['pred']]
             truth = [row[:5] for row in c['gt']]
-            found = detect.fauc([row[0] for row in c['volumes']], truth, predictions, c['min_dist'])
+            found = metrics.fauc([row[0] for row in c['volumes']], truth, predictions, c['min_dist'])
             assert found == pytest.approx(c['fauc1_step'], abs=1e-9)
-            found = detect.fauc(sorted(ill), truth, [row for row in predictions if row[0] in ill], c['min_dist'])
+            found = metrics.fauc(sorted(ill), truth, [row for row in predictions if row[0] in ill], c['min_dist'])
             assert found == pytest.approx(c['fauc1_step_positive_images'], abs=1e-9)
 
 
 def test_an_empty_prediction_file_scores_zero_and_no_lesion_is_not_defined():
     volumes, truth = [[0, 40], [1, 40]], [[0, 10, 10, 50, 50, 20]]
-    assert set(detect.froc(volumes, truth, []).values()) == {0.0}
-    assert detect.fauc([0, 1], [row[:5] for row in truth], []) == 0
+    assert set(metrics.froc(volumes, truth, []).values()) == {0.0}
+    assert metrics.fauc([0, 1], [row[:5] for row in truth], []) == 0
     assert detect.average_precision([row[:5] for row in truth], [], 0.5) == 0
-    assert all(math.isnan(v) for v in detect.froc(volumes, [], []).values())
+    assert all(math.isnan(v) for v in metrics.froc(volumes, [], []).values())
     with pytest.raises(ValueError, match='a lesion lies in 7, which is not among the volumes'):
-        detect.froc(volumes, [[7, 10, 10, 50, 50, 20]], [])
+        metrics.froc(volumes, [[7, 10, 10, 50, 50, 20]], [])
 
 
 def test_a_missed_volume_stays_in_the_denominator():
     volumes, truth = [[i, 40] for i in range(4)], [[i, 10, 10, 50, 50, 20] for i in range(4)]
     predictions = [[0, 10, 10, 50, 50, 20, 1, .9]]
-    assert detect.froc(volumes, truth, predictions)['mean_sensitivity_positive'] == 0.25
+    assert metrics.froc(volumes, truth, predictions)['mean_sensitivity_positive'] == 0.25
 
 
 def test_bootstrap_weights_count_volumes_as_copies_would():
@@ -333,13 +335,13 @@ def test_bootstrap_weights_count_volumes_as_copies_would():
         volumes = [[f'copy {k}', slices[name]] for k, name in copies]
         truth = [[f'copy {k}', *row[1:]] for k, name in copies for row in c['gt'] if row[0] == name]
         predictions = [[f'copy {k}', *row[1:]] for k, name in copies for row in c['pred'] if row[0] == name]
-        m = detect.matched(c['volumes'], c['gt'], c['pred'], 100)
+        m = metrics.matched(c['volumes'], c['gt'], c['pred'], 100)
         weight = np.append(np.bincount(drawn, minlength=len(names)), 1.0)
-        expected = detect.froc(volumes, truth, predictions, 100)
-        at = detect.sensitivity(m, [1, 2, 3, 4], m.ill(weight))
+        expected = metrics.froc(volumes, truth, predictions, 100)
+        at = metrics.sensitivity(m, [1, 2, 3, 4], m.ill(weight))
         assert at.mean() == pytest.approx(expected['mean_sensitivity_positive'], abs=1e-12)
-        flat = detect.matched([[n, math.inf] for n in names], [row[:5] for row in c['gt']], c['pred'], 100)
-        assert detect.step_area(flat, weight) == pytest.approx(detect.fauc(
+        flat = metrics.matched([[n, math.inf] for n in names], [row[:5] for row in c['gt']], c['pred'], 100)
+        assert metrics.step_area(flat, weight) == pytest.approx(metrics.fauc(
             [v[0] for v in volumes], [row[:5] for row in truth], predictions, 100), abs=1e-12)
         number = {name: i for i, name in enumerate(names)}
         o = detect.overlapping([row[:5] for row in c['gt']], c['pred'], 0.3, number)
@@ -363,10 +365,10 @@ def test_lesions_caught_at_an_operating_point():
     volumes = [[i, math.inf] for i in range(2)]
     truth = [[0, 0, 0, 10, 10], [1, 0, 0, 10, 10]]
     predictions = [[0, 0, 0, 10, 10, .9], [0, 500, 500, 10, 10, .8], [0, 700, 500, 10, 10, .7], [1, 0, 0, 10, 10, .6]]
-    m = detect.matched(volumes, truth, predictions)
-    assert detect.caught(m, 0.5, m.each()).tolist() == [True, False]
-    assert detect.caught(m, 1, m.each()).tolist() == [True, True]
-    assert detect.caught(m, 1, np.zeros(3)).tolist() == [False, False]
+    m = metrics.matched(volumes, truth, predictions)
+    assert metrics.caught(m, 0.5, m.each()).tolist() == [True, False]
+    assert metrics.caught(m, 1, m.each()).tolist() == [True, True]
+    assert metrics.caught(m, 1, np.zeros(3)).tolist() == [False, False]
 
 
 # ---- data sets ----------------------------------------------------------------------------------------------------
@@ -714,8 +716,8 @@ def test_a_lesion_marked_on_a_slice_nearby_is_no_background(tmp_path):
     volume = Volume(('p', 's', ''), str(tmp_path / 'a.npy'), shape=(40, 84, 84), lesions=[
         (10, 5, 5, 25, 25, 'm'), (12, 50, 50, 70, 70, 'm'), (30, 50, 10, 70, 30, 'm')])
     sample = detect.Frames(Config(size=84, augment=False), [volume])[0, 10, 0, 0]
-    anchors = detect.anchors(84)
-    near, far = (detect.match(torch.tensor([box]), anchors) >= 0 for box in ([50., 50, 70, 70], [50., 10, 70, 30]))
+    anchors = retinanet.anchors(84)
+    near, far = (retinanet.match(torch.tensor([box]), anchors) >= 0 for box in ([50., 50, 70, 70], [50., 10, 70, 30]))
     assert len(sample['boxes']) == 1 and (sample['match'][near] == -2).all() and (sample['match'][far] == -1).all()
 
 
@@ -827,7 +829,7 @@ def test_a_run_leaves_a_submission_that_scores_as_itself(trained):
     assert len(volumes) == 10 and sorted(set(classes)) == ['benign', 'cancer']
     assert all(slices == 4 for key, slices in volumes if key in {row[0] for row in truth})
     expected, = scores(trained)['challenge'].values()
-    assert detect.froc(volumes, truth, rows, 10) == pytest.approx(expected)
+    assert metrics.froc(volumes, truth, rows, 10) == pytest.approx(expected)
     x0, y0, x1, y1 = np.array([(x, y, x + w, y + h) for _, x, y, w, h, *_ in rows]).T
     # pixels of the file, 60x80
     assert x0.min() >= 0 and y0.min() >= 0 and x1.max() < 60.001 and 62 < y1.max() < 80.001
@@ -932,8 +934,8 @@ def test_the_loss_is_the_sums_over_the_positives_of_the_batch(lesions, encoder, 
     assert len(train) == 13                                 # one step of one batch
     samples = detect.collate(84, [detect.Frames(cfg, train)[i, v.lesions[0][0], 0, i] for i, v in enumerate(train)])
     detector = detect.build(cfg).train()
-    focal, box = detect.losses(cfg, *detector(detect.pixels(samples['images'], torch.device('cpu'))), samples,
-                               detect.anchors(84))
+    focal, box = retinanet.losses(cfg, *detector(detect.pixels(samples['images'], torch.device('cpu'))), samples,
+                               retinanet.anchors(84))
     positives = (samples['match'] >= 0).sum()
     line, = log(tmp_path / 'run')
     assert line['focal'] == pytest.approx((focal / positives).item(), rel=1e-4)
@@ -1209,9 +1211,9 @@ def test_dino_detr_is_told_the_lesions_in_shares_of_the_image_and_answers_in_pix
 
 def test_dino_detr_looks_where_the_anchors_sit():
     detector = detect.assembled(Config(size=518, channels=32, head='detr', layers=(0, 1)), vit.ViT(**TINY), None)
-    levels = [torch.zeros(1, 1, cells, cells) for cells in detect.grids(518)]
+    levels = [torch.zeros(1, 1, cells, cells) for cells in retinanet.grids(518)]
     found = 518 * detect.detr.Grid.of(levels, detector.head.centres).centres
-    a = detect.anchors(518)
+    a = retinanet.anchors(518)
     torch.testing.assert_close(found, ((a[:, :2] + a[:, 2:]) / 2)[4::9], rtol=0, atol=1e-2)
 
 
@@ -1299,9 +1301,9 @@ def test_stage_two_is_minus_the_cosine_inside_tissue_and_moves_b_alone():
     tissue[0, 20:60, 10:70] = True                          # the second image holds none
     answers = net(images)
     loss, *levels = net.objective(cfg, answers, dict(tissue=tissue))
-    expected, places = [], detect.anchors(84)
+    expected, places = [], retinanet.anchors(84)
     start = 0
-    for (guess, aim), cells in zip(answers, detect.grids(84)):
+    for (guess, aim), cells in zip(answers, retinanet.grids(84)):
         middle = ((places[:, :2] + places[:, 2:]) / 2)[start:start + 9 * cells ** 2:9].long()           # x y
         start += 9 * cells ** 2
         here = tissue[0][middle[:, 1], middle[:, 0]]

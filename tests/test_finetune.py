@@ -45,39 +45,39 @@ def labels(dataset, root, task, **flags):
 
 def test_statistics_equal_the_references():
     for c in STATS['delong']:
-        a1, a2, p = finetune.delong(c['y'], c['s1'], c['s2'])
+        a1, a2, p = metrics.delong(c['y'], c['s1'], c['s2'])
         assert (a1, a2, p) == pytest.approx((c['auc1'], c['auc2'], c['p']), abs=1e-9)
-        assert finetune.delong_interval(c['y'], c['s1']) == pytest.approx(c['ci1'], abs=1e-9)
+        assert metrics.delong_interval(c['y'], c['s1']) == pytest.approx(c['ci1'], abs=1e-9)
     for c in STATS['mcnemar']:
         discordant = c['table'][0][1] + c['table'][1][0]
         expected = c['exact'][1] if discordant < 25 else c['chi2_cc'][1]
         assert finetune.mcnemar(c['a'], c['b']) == pytest.approx(expected, abs=1e-9)
     for c in STATS['bh']:
-        assert finetune.benjamini_hochberg(c['p']) == pytest.approx(np.array(c['p_adj']), abs=1e-9)
+        assert metrics.benjamini_hochberg(c['p']) == pytest.approx(np.array(c['p_adj']), abs=1e-9)
     for c in STATS['cls']:
         y, guess, C = c['y'], c['yhat'], c['C']
-        assert finetune.f1(y, guess, C) == pytest.approx(c['f1_macro_all_labels'], abs=1e-9)
-        assert finetune.f1(y, guess, C, 'weighted') == pytest.approx(c['f1_weighted'], abs=1e-9)
-        assert finetune.f1(y, guess, C, 'micro') == pytest.approx(c['f1_micro'], abs=1e-9)
-        assert finetune.kappa(y, guess, C) == pytest.approx(c['qwk'], abs=1e-9)
+        assert metrics.f1(y, guess, C) == pytest.approx(c['f1_macro_all_labels'], abs=1e-9)
+        assert metrics.f1(y, guess, C, 'weighted') == pytest.approx(c['f1_weighted'], abs=1e-9)
+        assert metrics.f1(y, guess, C, 'micro') == pytest.approx(c['f1_micro'], abs=1e-9)
+        assert metrics.kappa(y, guess, C) == pytest.approx(c['qwk'], abs=1e-9)
 
 
 def test_auc_is_the_chance_that_a_positive_scores_higher():
     rng = np.random.default_rng(0)
     y, s = rng.integers(0, 2, 80), rng.integers(0, 6, 80)   # many ties
     pairs = [(a > b) + 0.5 * (a == b) for a, b in product(s[y == 1], s[y == 0])]
-    assert finetune.auc(y, s) == pytest.approx(np.mean(pairs))
-    fpr, tpr, _ = finetune.roc(y, s)
+    assert metrics.auc(y, s) == pytest.approx(np.mean(pairs))
+    fpr, tpr, _ = metrics.roc(y, s)
     assert np.trapezoid(tpr, fpr) == pytest.approx(np.mean(pairs))
-    assert math.isnan(finetune.auc(np.ones(3), s[:3]))
+    assert math.isnan(metrics.auc(np.ones(3), s[:3]))
 
 
 def test_delong_of_equal_scores_is_one_and_of_perfect_ones_collapses():
     y, s = np.array([0, 0, 1, 1, 1]), np.array([.1, .4, .3, .8, .9])
-    assert finetune.delong(y, s, s)[2] == 1
-    assert finetune.delong(y, y, 2 * y) == (1, 1, 1)
-    assert math.isnan(finetune.delong(y, y, -y)[2])         # no variance, so nothing to test against
-    assert finetune.delong_interval(y, y) == (1, 1)
+    assert metrics.delong(y, s, s)[2] == 1
+    assert metrics.delong(y, y, 2 * y) == (1, 1, 1)
+    assert math.isnan(metrics.delong(y, y, -y)[2])         # no variance, so nothing to test against
+    assert metrics.delong_interval(y, y) == (1, 1)
 
 
 def test_mcnemar_counts_discordant_cases_only_and_is_exact_below_25():
@@ -89,11 +89,11 @@ def test_mcnemar_counts_discordant_cases_only_and_is_exact_below_25():
 
 
 def test_f1_of_an_absent_class_is_zero_and_counts():
-    assert finetune.f1([0, 1], [0, 1], 3) == pytest.approx(2 / 3)
-    assert finetune.f1([0, 1], [0, 1], 3, 'weighted') == 1
-    assert finetune.kappa([0, 0, 3], [0, 0, 3], 4) == 1 and math.isnan(finetune.kappa([1, 1], [1, 1], 4))
+    assert metrics.f1([0, 1], [0, 1], 3) == pytest.approx(2 / 3)
+    assert metrics.f1([0, 1], [0, 1], 3, 'weighted') == 1
+    assert metrics.kappa([0, 0, 3], [0, 0, 3], 4) == 1 and math.isnan(metrics.kappa([1, 1], [1, 1], 4))
     with pytest.raises(ValueError, match='expected macro'):
-        finetune.f1([0], [0], 2, 'samples')
+        metrics.f1([0], [0], 2, 'samples')
 
 
 def test_bootstrap_draws_patients_and_leaves_out_what_is_not_defined():
@@ -103,13 +103,13 @@ def test_bootstrap_draws_patients_and_leaves_out_what_is_not_defined():
     copied = metrics.bootstrap(np.mean, [np.tile(x, 4)], np.tile(np.arange(60), 4), np.random.default_rng(1))
     assert copied == pytest.approx(alone)                   # four images of a patient are no four patients
     y, s = np.r_[1, np.zeros(9)], rng.normal(size=10)
-    values = metrics.resample(finetune.auc, [y, s], np.arange(10), np.random.default_rng(0), 500)
+    values = metrics.resample(metrics.auc, [y, s], np.arange(10), np.random.default_rng(0), 500)
     assert 0.2 < np.isnan(values).mean() < 0.5              # (1 - 1/10)^10 = .35 draws hold no positive; 5 sd = .11
-    low, high = metrics.bootstrap(finetune.auc, [y, s], np.arange(10), np.random.default_rng(0), 500)
+    low, high = metrics.bootstrap(metrics.auc, [y, s], np.arange(10), np.random.default_rng(0), 500)
     assert low == np.percentile(values[~np.isnan(values)], 2.5) <= high
-    assert metrics.bootstrap(finetune.auc, [y.tolist(), s.tolist()], list('abcdefghij'), np.random.default_rng(0),
+    assert metrics.bootstrap(metrics.auc, [y.tolist(), s.tolist()], list('abcdefghij'), np.random.default_rng(0),
                               500) == (low, high)
-    assert all(map(math.isnan, metrics.bootstrap(finetune.auc, [y * 0, s], np.arange(10), rng, 20)))
+    assert all(map(math.isnan, metrics.bootstrap(metrics.auc, [y * 0, s], np.arange(10), rng, 20)))
 
 
 # ---- risk ---------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_yearly_auc_takes_the_cancers_of_that_year_and_the_healthy_observed_by_t
     y = np.array([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
     seen = np.array([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
     p = np.array([[.5] * 5, [.2] * 5, [.3] * 5, [.9] * 5])
-    areas = finetune.yearly_auc(y, seen, p)
+    areas = metrics.yearly_auc(y, seen, p)
     assert areas[0] == 0.5                                  # .5 against .3 and .9; year 2's cancer takes no part yet
     assert areas[1] == 0                                    # .2 against .3; the last one is no longer observed
     assert np.isnan(areas[2:]).all()

@@ -9,11 +9,11 @@ import pytest
 from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
-LEAVES = ('mask', 'sampler', 'vit', 'losses', 'images', 'phantom', 'run', 'metrics', 'detr')
+LEAVES = ('mask', 'sampler', 'vit', 'losses', 'images', 'phantom', 'run', 'metrics', 'retinanet', 'detr')
 MAY_IMPORT = {**{leaf: set() for leaf in LEAVES}, 'prepare': {'images', 'mask', 'run'},
-              'pretrain': set(LEAVES) - {'detr'},
+              'pretrain': set(LEAVES) - {'detr', 'retinanet'},
               'finetune': {'images', 'phantom', 'vit', 'metrics', 'run'},
-              'detect': {'images', 'mask', 'phantom', 'vit', 'detr', 'metrics', 'run'}}
+              'detect': {'images', 'mask', 'phantom', 'vit', 'detr', 'retinanet', 'metrics', 'run'}}
 PACKAGES = {'torch', 'numpy', 'PIL', 'pydicom', 'scipy', 'tqdm'}
 SCRIPTS = [name for name in ('pretrain', 'finetune', 'detect') if (ROOT / f'{name}.py').exists()]
 SHARED = ('config_of', 'plain')
