@@ -43,7 +43,7 @@ import metrics
 import phantom
 import sampler
 import vit
-from run import cosine, lock, option, parse, save, script, setup
+from run import computes_in_bf16, cosine, lock, option, parse, save, script, setup
 
 
 # ---- configuration --------------------------------------------------------------------------------
@@ -255,8 +255,7 @@ def main(cfg):
     start, log = resume(cfg, parts, data)
 
     cuda = device.type == 'cuda'
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = bf16 if cfg.amp is None else cfg.amp
+    bf16 = computes_in_bf16(device, cfg.amp)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     if cfg.compile:                                         # in place: the state dict keeps its names
         for block in (*student.backbone.blocks, *teacher.backbone.blocks):

@@ -83,6 +83,27 @@ def setup():
     return rank, ranks, device
 
 
+def computes_in_bf16(device, amp):
+    """`amp` as the user set it; where it is None, whether this is a GPU that has bf16."""
+    if amp is None:
+        return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    return amp
+
+
+def gathered(mine):
+    """The lists of all ranks joined, in the order of ranks, on every rank."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return [item for part in everyone for item in part]
+
+
+def on_rank_0(function, *args):
+    """What function(*args) returns on rank 0, on every rank; for headers and masks that one rank reads."""
+    found = [function(*args) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
 def cosine(step, steps, peak, end, warmup=0):
     """DINOv2's schedule: linear from 0 to `peak` over `warmup` steps, then half a cosine to `end`."""
     if step < warmup:
@@ -135,8 +156,11 @@ def script(name, entry):
         entry(sys.argv[1:])
     except KeyboardInterrupt:
         wrong = 'stopped'
-    except (ValueError, OSError) as problem:                # a data worker puts a traceback before the reason
+    except (ValueError, OSError, FloatingPointError) as problem:
+        # A data worker puts a traceback before the reason, the system a number.
         wrong = str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')
+        if isinstance(problem, OSError) and problem.filename:
+            wrong = f'{problem.filename}: {problem.strerror}'
     except Exception as problem:
         wrong = next((advice for words, advice in ADVICE.items() if words in str(problem)), None)
         if isinstance(problem, (MemoryError, torch.OutOfMemoryError)):

@@ -39,14 +39,16 @@ from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import datasets  # noqa: E402
 import detect  # noqa: E402
-import finetune  # noqa: E402
+import fuse  # noqa: E402
 import images  # noqa: E402
 import mask  # noqa: E402
 import metrics  # noqa: E402
 import phantom  # noqa: E402
 import pretrain  # noqa: E402
 import sampler  # noqa: E402
+import score  # noqa: E402
 import vit  # noqa: E402
 
 RESULTS = ROOT / 'tests' / 'results'
@@ -105,6 +107,15 @@ def flags(values):
         else:
             words += [f'--{name}', *map(str, value if isinstance(value, tuple) else (value,))]
     return words
+
+
+def detector_command(values):
+    """A run of detect.py, or of the stages of fuse.py where something is to be mimicked or fused."""
+    stage = next((name for name in ('mimic', 'fuse') if name in values), None)
+    if stage is None:
+        return [sys.executable, str(ROOT / 'detect.py'), *flags(values)]
+    given = {name: value for name, value in values.items() if name not in ('encoder', *fuse.RECIPE, stage)}
+    return [sys.executable, str(ROOT / 'fuse.py'), stage, *flags(given | dict(other=values[stage]))]
 
 
 def pretrained(out, recipes, scripts={}):
@@ -322,7 +333,7 @@ REAL = RECIPE | dict(steps=250, warmup=25, volume_items=False, min_coverage=0.3,
 
 def ablation_on_real_images(out, data, sources):
     """The arms of Table 6 and DINO-M alone on a folder of prepared mammograms and volumes; density and abnormality
-    (mini-MIAS) or malignancy (CBIS-DDSM) read from the images of `sources`, {data set of finetune.py: its root}. These
+    (mini-MIAS) or malignancy (CBIS-DDSM) read from the images of `sources`, {data set of datasets.py: its root}. These
     are among those pretrained on, without their labels. Seeds draw weights, order and views; the images are the same.
 
     Without a real DBT volume the pairs come from phantom volumes in the folder, so the arms with slice pairs tell
@@ -338,10 +349,11 @@ def ablation_on_real_images(out, data, sources):
     arms = {arm: [trained[f'real-{slug(arm)}-{seed}'] for seed in SEEDS] for arm in chosen}
     arms['random init'] = [untrained(REAL | dict(seed=seed)) for seed in SEEDS]
     for dataset, root in sources.items():
-        tasks = {}
+        tasks, (found, _) = {}, datasets.load(dataset, root)
         for task in ('density', 'lesion' if dataset == 'mias' else 'cancer'):
-            found = finetune.load(finetune.resolved(finetune.Config(dataset=dataset, root=root, task=task)))[0]
-            tasks[task] = {row.path: (row.label, row.patient) for row in found}
+            classes = datasets.CLASSES[dataset][task]
+            tasks[task] = {row.path: (classes.index(row.labels[task]), row.patient) for row in found
+                           if task in row.labels}
         paths = sorted(set().union(*tasks.values()))
         images = [images.clahe(images.read(path)) for path in paths]
         groups = np.array([next(found[path][1] for found in tasks.values() if path in found) for path in paths])
@@ -517,17 +529,17 @@ def hidden(out, sources):
     under the mask, by size and ratio; masks that seek tissue and blind ones. Mean over the crops of a lesion, then over
     lesions; the interval draws patients. Half of the crops of a training run have no mask at all.
 
-    sources: {name: (data set of detect.py, its root)}"""
+    sources: {name: (data set of datasets.py, its root)}"""
     rows = []
     for name, (dataset, root) in sources.items():
-        volumes = [v for v in detect.load(detect.Config(dataset=dataset, root=root))[0] if v.lesions]
+        volumes = [row for row in datasets.load(dataset, root, boxes=True)[0] if row.boxes]
         counts = {}
         for i, volume in enumerate(volumes):
             for number, side, kind, ratio, masked in under_masks(volume, np.random.default_rng([0, i])):
                 for size in ('all', size_of(dataset, side)):
                     of_lesion = counts.setdefault((size, kind, ratio), {}).setdefault((volume.patient, i, number), [])
                     of_lesion.append(masked.all())
-        annotated = sum(len(v.lesions) for v in volumes)
+        annotated = sum(len(row.boxes) for row in volumes)
         for (size, kind, ratio), found in counts.items():
             covered, patients = np.array([np.mean(c) for c in found.values()]), np.array([p for p, *_ in found])
             low, high = metrics.bootstrap(np.mean, [covered], patients, np.random.default_rng(0), n=500)
@@ -547,7 +559,7 @@ def under_masks(volume, rng, draws=20, n=37):
         masks = {(kind, ratio): sampler.patch_mask(rng, where, round(ratio * n * n), cfg.min_coverage)
                  for kind, where in (('tissue-aware', grid), ('blind', np.ones_like(grid))) for ratio in RATIOS}
         y0, x0, y1, x1 = box
-        for number, (_, left, top, right, bottom, _) in enumerate(volume.lesions):
+        for number, (_, left, top, right, bottom, _) in enumerate(volume.boxes):
             if x0 <= left and right <= x1 and y0 <= top and bottom <= y1:
                 rows = slice(int((top - y0) * n / (y1 - y0)), int(np.ceil((bottom - y0) * n / (y1 - y0))))
                 columns = slice(int((left - x0) * n / (x1 - x0)), int(np.ceil((right - x0) * n / (x1 - x0))))
@@ -611,7 +623,7 @@ def occlusion(out):
     for seed in SEEDS:
         data, boxes = folder_of(out, f'lesions-{seed}', 256, (seed, 11), **narrow), f'{out}/lesions-{seed}.csv'
         found = [p['boxes'][0][1:] for p in phantoms(256, (seed, 11), **narrow)]
-        detect.write_csv(boxes, ('path', 'x0', 'y0', 'x1', 'y1'), [(f'{i:04d}.npy', *b) for i, b in enumerate(found)])
+        score.write_csv(boxes, ('path', 'x0', 'y0', 'x1', 'y1'), [(f'{i:04d}.npy', *b) for i, b in enumerate(found)])
         for arm in arms:
             recipes[f'lesions-{slug(arm)}-{seed}'] = RECIPE | dict(steps=250, warmup=25, mask_prob=1.0, seed=seed,
                                                                    data=data)
@@ -625,7 +637,7 @@ def occlusion(out):
         seed=seed, encoder=f'{out}/lesions-{slug(arm)}-{seed}/last.pt') for arm in arms for seed in SEEDS}
     runs |= {f'detect-random-init-{seed}': detector | dict(
         seed=seed, encoder=f'{out}/lesions-always-0/last.pt', random_encoder=True) for seed in SEEDS}
-    in_lanes({f'{out}/{name}': [sys.executable, str(ROOT / 'detect.py'), *flags(run | dict(out=f'{out}/{name}'))]
+    in_lanes({f'{out}/{name}': detector_command(run | dict(out=f'{out}/{name}'))
               for name, run in runs.items() if not Path(out, name, 'scores.json').exists()})
 
     arms = {arm: [f'{out}/detect-{slug(arm)}-{seed}' for seed in SEEDS] for arm in (*arms, 'random init')}
@@ -635,18 +647,18 @@ def occlusion(out):
 
 
 def scores(arms, min_distance, draws=500):
-    """{arm: runs of detect.py, one a seed, all on the same test set} -> {arm: their detect.Scored}, weights of the
+    """{arm: runs of detect.py, one a seed, all on the same test set} -> {arm: their score.Scored}, weights of the
     volumes (1 + draws, V + 1), all once, then draws of patients with replacement, and seeds drawn likewise (1 + draws,
     seeds)."""
     first = next(iter(arms.values()))[0]
-    volumes, truth, _ = detect.read_truth(f'{first}/labels.csv', f'{first}/boxes.csv')
+    volumes, truth, _ = score.read_truth(f'{first}/labels.csv', f'{first}/boxes.csv')
     names, patient = np.unique([key[0] for key, _ in volumes], return_inverse=True)
     rng, seeds = np.random.default_rng(0), len(next(iter(arms.values())))
     times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
     weights = np.vstack([np.ones(len(volumes)), times[:, patient]])
     weights = np.column_stack([weights, np.ones(len(weights))])     # the last: predictions in volumes not listed
     drawn = np.vstack([np.arange(seeds), rng.integers(seeds, size=(draws, seeds))])
-    return {arm: [detect.Scored(volumes, truth, detect.read_predictions(run), min_distance) for run in runs]
+    return {arm: [score.Scored(volumes, truth, score.read_predictions(run), min_distance) for run in runs]
             for arm, runs in arms.items()}, weights, drawn
 
 
@@ -676,7 +688,7 @@ def lesion_volumes(folder):
             np.save(folder / f'{i:04d}.npy', pretrain.prepared(p))
             rows += [(f'{i:04d}.npy', split, int(z), *box) for z, *box in p.boxes] or \
                 [(f'{i:04d}.npy', split, '', '', '', '', '')]
-        detect.write_csv(folder / 'lesions.csv', ('path', 'split', 'frame', 'x0', 'y0', 'x1', 'y1'), rows)
+        score.write_csv(folder / 'lesions.csv', ('path', 'split', 'frame', 'x0', 'y0', 'x1', 'y1'), rows)
     return str(folder)
 
 
@@ -767,12 +779,12 @@ def pairs_of_phantoms(folder, trace, parts=(480, 80, 240)):
         for name in ('sm', 'ffdm'):
             np.save(folder / name / f'{i:04d}.npy', images.clahe(images.to_uint8(getattr(p, name))))
             rows[name].append((f'{name}/{i:04d}.npy', i, i, 'LCC', split, *box))
-        alike.setdefault((split, detect.heavier_half(p.sm)), []).append(i)
+        alike.setdefault((split, fuse.heavier_half(p.sm)), []).append(i)
     for numbers in alike.values():                          # breasts of one split and side, each with the next one's
         for i, other in zip(numbers, np.roll(numbers, -1)):
             rows['shuffled'].append((rows['ffdm'][other][0], *rows['ffdm'][i][1:]))
     for name, lines in rows.items():
-        detect.write_csv(folder / f'{name}.csv', ('path', 'patient', 'study', 'view', 'split',
+        score.write_csv(folder / f'{name}.csv', ('path', 'patient', 'exam', 'view', 'split',
                                                   'frame', 'x0', 'y0', 'x1', 'y1', 'label'), lines)
     return folder
 
@@ -802,13 +814,13 @@ def fused(out):
         root = pairs_of_phantoms(place, trace)
         arms = {arm: beside for arm, beside in FUSED.items() if trace or beside in (None, 'A', 'unmimicked', 'B')}
         for stage in zip(*(stages(out, place, root, seed, arms.values()) for seed in SEEDS)):
-            in_lanes({name: [sys.executable, str(ROOT / 'detect.py'), *flags(values | dict(out=name, resume=True))]
+            in_lanes({name: detector_command(values | dict(out=name, resume=True))
                       for runs in stage for name, values in runs.items() if not Path(name, 'scores.json').exists()})
         runs = {arm: [f'{place}/fused-{beside}-{seed}' if beside else f'{place}/A-{seed}' for seed in SEEDS]
                 for arm, beside in arms.items()}
         runs['C alone, FFDM'] = [f'{out}/pairs-{TRACES[0]}/C-{seed}' for seed in SEEDS]
         scored, weights, drawn = scores(runs, PAIRED['min_distance'])
-        classes = detect.read_truth(f'{place}/A-0/labels.csv', f'{place}/A-0/boxes.csv')[2]
+        classes = score.read_truth(f'{place}/A-0/labels.csv', f'{place}/A-0/boxes.csv')[2]
         areas = {arm: np.array([[areas_by_class(s.flat, w, classes) for w in weights] for s in seeds])
                  for arm, seeds in scored.items()}          # (seeds, 1 + draws, 1 + classes)
         controls = [arm for arm in list(FUSED)[1:4] if arm in arms]
@@ -868,7 +880,7 @@ def detectors(out, sources, encoder):
         real = REAL_DETECTOR | dict(dataset=dataset, root=root, min_distance=reach, epochs=epochs, encoder=encoder)
         todo |= {f'{out}/{slug(name)}-retinanet': real, f'{out}/{slug(name)}-detr': real | DETR}
         runs[name] = {'RetinaNet': [f'{out}/{slug(name)}-retinanet'], 'DINO-DETR': [f'{out}/{slug(name)}-detr']}, reach
-    in_lanes({name: [sys.executable, str(ROOT / 'detect.py'), *flags(values | dict(out=name, resume=True))]
+    in_lanes({name: detector_command(values | dict(out=name, resume=True))
               for name, values in todo.items() if not Path(name, 'scores.json').exists()})
     metrics = {'mean sensitivity at 1-4 FP': lambda s, w: s.with_lesions(w)[-1], 'FAUC-1': lambda s, w: s.fauc(w)[0],
                'AP': lambda s, w: s.overlap(w)[0].mean()}
@@ -885,14 +897,15 @@ def detectors(out, sources, encoder):
 
 def milliseconds(run, rounds=25):
     """Median time of a detector for one image in memory, one thread, from pixels to boxes."""
-    cfg, detector, _ = detect.restored(run)
+    fused = 'other' in detect.checkpoint(run)['config']
+    cfg, detector, _ = (fuse if fused else detect).restored(run)
     image = torch.rand(1, 1, cfg.size, cfg.size)
     torch.set_num_threads(1)
     times = []
     with torch.no_grad():
         for _ in range(rounds + 2):
             began = time.perf_counter()
-            detector.findings(cfg, detector(image))
+            detector.head.findings(detector(image))
             times.append(1000 * (time.perf_counter() - began))
     return float(np.median(times[2:]))
 
@@ -1096,11 +1109,11 @@ def curve(title, points, width=560, height=400):
     left, top, right, bottom = 90, 60, width - 30, height - 60
     at = list(zip(left + (right - left) * (x - x[0]) / np.ptp(x), bottom - (bottom - top) * (y - low) / (high - low)))
     pen.rectangle((left, top, right, bottom), outline='#BBBBBB', width=2)
-    pen.line(at, finetune.COLOURS[0], 4, joint='curve')
-    pen.text((left, 14), title, 'black', finetune.font(28))
+    pen.line(at, score.COLOURS[0], 4, joint='curve')
+    pen.text((left, 14), title, 'black', score.font(28))
     for value, place in ((low, bottom), (high, top)):
-        pen.text((left - 10, place), f'{value:.2f}', 'black', finetune.font(22), anchor='rm')
-    pen.text((right, bottom + 10), f'step {int(x[-1])}', 'black', finetune.font(22), anchor='ra')
+        pen.text((left - 10, place), f'{value:.2f}', 'black', score.font(22), anchor='rm')
+    pen.text((right, bottom + 10), f'step {int(x[-1])}', 'black', score.font(22), anchor='ra')
     return canvas
 
 
@@ -1118,12 +1131,12 @@ def dots(title, rows, width=1000, height=520):
         return left + (right - left) * (value - low) / (high - low)
     for tick in np.arange(low, high + 0.01, 0.05):
         pen.line((at(tick), 60, at(tick), height - 60), '#E5E5E5', 2)
-        pen.text((at(tick), height - 52), f'{tick:.2f}'.replace('0.', '.'), 'black', finetune.font(22), anchor='ma')
-    pen.text((left, 14), title, 'black', finetune.font(28))
+        pen.text((at(tick), height - 52), f'{tick:.2f}'.replace('0.', '.'), 'black', score.font(22), anchor='ma')
+    pen.text((left, 14), title, 'black', score.font(28))
     for i, arm in enumerate(arms):
         y = 95 + i * (height - 190) / (len(arms) - 1)
-        colour = '#999999' if arm == 'random init' else finetune.COLOURS[0]
-        pen.text((left - 16, y), arm, 'black', finetune.font(24), anchor='rm')
+        colour = '#999999' if arm == 'random init' else score.COLOURS[0]
+        pen.text((left - 16, y), arm, 'black', score.font(24), anchor='rm')
         pen.line((at(mean[arm][0]), y, at(mean[arm][2]), y), colour, 4)
         pen.circle((at(mean[arm][1]), y), 11, colour)
         for value in seeds[arm]:
@@ -1137,7 +1150,7 @@ def side_by_side(panels, columns):
     sheet = Image.new('RGB', (columns * width, -(-len(panels) // columns) * height), 'white')
     for i, panel in enumerate(panels):
         sheet.paste(panel, (i % columns * width, i // columns * height))
-    return finetune.halved(sheet)
+    return score.halved(sheet)
 
 
 def pair_picture(d=4, side=300):
@@ -1157,7 +1170,7 @@ def pair_picture(d=4, side=300):
     x = 8
     for image, name in panels:
         sheet.paste(Image.fromarray(image), (x, 8))
-        ImageDraw.Draw(sheet).text((x, side + 14), name, 'black', finetune.font(18))
+        ImageDraw.Draw(sheet).text((x, side + 14), name, 'black', score.font(18))
         x += image.shape[1] + 8
     return sheet
 

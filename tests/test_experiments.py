@@ -79,7 +79,7 @@ def test_a_lesion_is_under_a_mask_where_all_patches_that_it_touches_are(monkeypa
     monkeypatch.setattr(experiments.images, 'read', lambda path: np.full((222, 222), 100, np.uint8))
     monkeypatch.setattr(experiments.mask, 'tissue', lambda image, *_: np.ones(image.shape, bool))
     monkeypatch.setattr(experiments.sampler, 'crop_box', lambda *_: ((0, 0, 222, 222), False))
-    volume = experiments.detect.Volume(('a',), 'a', lesions=[(0, 0, 0, 222, 222, ''), (0, 100, 30, 101, 31, '')])
+    volume = experiments.datasets.Row('a', 'p', boxes=[(0, 0, 0, 222, 222, ''), (0, 100, 30, 101, 31, '')])
     for number, side, kind, ratio, masked in experiments.under_masks(volume, np.random.default_rng(0), draws=3):
         assert masked.shape == ((37, 37) if number == 0 else (1, 1))
         assert side == pytest.approx(1 if number == 0 else 1 / 222)

@@ -10,13 +10,13 @@ from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
 LEAVES = ('mask', 'sampler', 'vit', 'losses', 'images', 'phantom', 'run', 'metrics', 'retinanet', 'detr')
+USES = {'images', 'phantom', 'vit', 'datasets', 'metrics', 'run', 'score'}
 MAY_IMPORT = {**{leaf: set() for leaf in LEAVES}, 'prepare': {'images', 'mask', 'run'},
-              'pretrain': set(LEAVES) - {'detr', 'retinanet'},
-              'finetune': {'images', 'phantom', 'vit', 'metrics', 'run'},
-              'detect': {'images', 'mask', 'phantom', 'vit', 'detr', 'retinanet', 'metrics', 'run'}}
+              'pretrain': set(LEAVES) - {'detr', 'retinanet'}, 'datasets': {'images'},
+              'score': {'metrics', 'run', 'datasets'}, 'finetune': USES,
+              'detect': USES | {'retinanet', 'detr'}, 'fuse': USES | {'detect', 'mask', 'retinanet', 'detr'}}
 PACKAGES = {'torch', 'numpy', 'PIL', 'pydicom', 'scipy', 'tqdm'}
-SCRIPTS = [name for name in ('pretrain', 'finetune', 'detect') if (ROOT / f'{name}.py').exists()]
-SHARED = ('config_of', 'plain')
+SCRIPTS = ['pretrain', 'finetune', 'detect', 'fuse']
 
 
 def source(name):
@@ -47,13 +47,6 @@ def test_requirements_are_the_six_packages():
     lines = [line for line in (ROOT / 'requirements.txt').read_text().splitlines() if line and not line.startswith('#')]
     assert {re.split(r'[=~><]', line)[0] for line in lines} == {'torch', 'numpy', 'pillow', 'pydicom', 'scipy', 'tqdm'}
     assert 'torch==2.13.0' in lines
-
-
-def test_the_scripts_share_their_plumbing_word_for_word():
-    for name in SHARED:
-        copies = {ast.unparse(node) for script in SCRIPTS for node in ast.parse(source(script)).body
-                  if isinstance(node, ast.FunctionDef) and node.name == name}
-        assert len(copies) <= 1, f'{name} differs between the scripts'
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

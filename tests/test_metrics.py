@@ -1,24 +1,95 @@
-"""metrics.py: numbers are what their names say."""
+"""metrics.py: every number equals a trusted one, or the slow and obvious definition beside it."""
+import json
+import math
+from itertools import product
+
 import numpy as np
 import pytest
+from conftest import CASES
 
 import metrics
 
+STATS = json.loads((CASES / 'stats.json').read_text())      # roc_comparison, scikit-learn, statsmodels
+FROC = json.loads((CASES / 'froc.json').read_text())        # the official BCS-DBT evaluator, and DBT-DINO's
+DRAWN = [c for c in FROC if 'name' not in c]
 
-def test_k_nearest_neighbours_find_clusters_and_never_the_image_itself():
+
+# ---- classification -----------------------------------------------------------------------------------------------
+
+def test_auc_is_the_chance_that_a_positive_scores_higher():
+    rng = np.random.default_rng(0)
+    y, s = rng.integers(0, 2, 80), rng.integers(0, 6, 80)   # many ties
+    pairs = [(a > b) + 0.5 * (a == b) for a, b in product(s[y == 1], s[y == 0])]
+    assert metrics.auc(y, s) == pytest.approx(np.mean(pairs), abs=1e-12)
+    assert metrics.auc(y.tolist(), s.tolist()) == metrics.auc(y, s)
+    assert math.isnan(metrics.auc(np.ones(3), s[:3])) and math.isnan(metrics.auc(np.zeros(3), s[:3]))
+
+
+def test_roc_has_a_point_for_each_score_and_auc_as_its_area():
+    rng = np.random.default_rng(0)
+    y, s = rng.integers(0, 2, 80), rng.integers(0, 6, 80)
+    fpr, tpr, thresholds = metrics.roc(y, s)
+    assert thresholds.tolist() == [math.inf, 5, 4, 3, 2, 1, 0]
+    assert fpr == pytest.approx([(s[y == 0] >= t).mean() for t in thresholds])
+    assert tpr == pytest.approx([(s[y == 1] >= t).mean() for t in thresholds])
+    assert np.trapezoid(tpr, fpr) == pytest.approx(metrics.auc(y, s), abs=1e-12)
+
+
+def test_youden_maximises_sensitivity_plus_specificity():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        y, s = np.append(rng.integers(0, 2, 30), (0, 1)), rng.integers(0, 9, 32)
+        gain = {t: (s[y == 1] >= t).mean() + (s[y == 0] < t).mean() for t in s}
+        assert gain[metrics.youden(y, s)] == pytest.approx(max(gain.values()))
+    assert math.isfinite(metrics.youden([0, 1], [.9, .1]))  # a classifier that is always wrong has one, too
+
+
+def test_f1_kappa_and_the_auc_of_each_class_equal_scikit_learn():
+    for c in STATS['cls']:
+        y, guess, C, p = c['y'], c['yhat'], c['C'], np.array(c['prob'])
+        assert metrics.f1(y, guess, C) == pytest.approx(c['f1_macro_all_labels'], abs=1e-9)
+        assert metrics.f1(y, guess, C, 'weighted') == pytest.approx(c['f1_weighted'], abs=1e-9)
+        assert metrics.f1(y, guess, C, 'micro') == pytest.approx(c['f1_micro'], abs=1e-9)
+        assert metrics.kappa(y, guess, C) == pytest.approx(c['qwk'], abs=1e-9)
+        if c['auc_macro_ovr'] is not None:
+            areas = [metrics.auc(np.equal(y, k), p[:, k]) for k in range(C)]
+            assert np.mean(areas) == pytest.approx(c['auc_macro_ovr'], abs=1e-9)
+
+
+def test_confusion_counts_truth_by_row_and_prediction_by_column():
+    assert metrics.confusion([0, 0, 1, 2], [1, 1, 1, 0], 3).tolist() == [[0, 2, 0], [0, 1, 0], [1, 0, 0]]
+    assert metrics.confusion(list('aab'), list('bab'), ['b', 'a']).tolist() == [[1, 0], [1, 1]]
+
+
+def test_f1_of_an_absent_class_is_zero_and_counts_and_kappa_of_a_single_one_is_not_defined():
+    assert metrics.f1([0, 1], [0, 1], 3) == pytest.approx(2 / 3)
+    assert metrics.f1([0, 1], [0, 1], 3, 'weighted') == 1
+    with pytest.raises(ValueError, match='expected macro'):
+        metrics.f1([0], [0], 2, 'samples')
+    assert math.isnan(metrics.kappa([1, 1], [1, 1], 4))
+    assert metrics.kappa([0, 0, 3], [0, 0, 3], 4) == 1 and metrics.kappa([0, 3], [3, 0], 4) == -1
+
+
+def test_neighbours_vote_by_their_similarity():
+    rng = np.random.default_rng(0)
+    similarity, labels = rng.uniform(-1, 1, (5, 30)), rng.integers(0, 3, 30)
+    votes = metrics.knn(similarity, labels, k=7, temp=0.1)
+    for row, found in zip(similarity, votes):
+        slow = np.zeros(3)
+        for j in np.argsort(-row)[:7]:
+            slow[labels[j]] += math.exp(row[j] / 0.1)
+        assert found == pytest.approx(slow / slow.sum(), abs=1e-12)
+
+
+def test_neighbours_find_clusters_and_never_the_case_itself():
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1, 2], 30)
     x = rng.normal(0, 0.2, (90, 3)) + 3 * np.eye(3)[labels]
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    votes = metrics.knn(x @ x.T + np.diag(np.full(90, -np.inf)), labels)
-    assert (votes.argmax(1) == labels).mean() > 0.95 and np.allclose(votes.sum(1), 1)
-
-
-def test_the_bootstrap_of_a_mean_is_its_normal_interval():
-    rng = np.random.default_rng(0)
-    values = rng.normal(1, 1, 400)
-    low, high = metrics.bootstrap(np.mean, [values], np.arange(400), rng)
-    assert low == pytest.approx(values.mean() - 1.96 / 20, abs=0.03) and high > values.mean() > low
+    alone = np.diag(np.full(90, -np.inf))
+    assert (metrics.knn(x @ x.T + alone, labels).argmax(1) == labels).all()
+    labels[0] = 1                                           # now no neighbour has its label
+    assert metrics.knn(x @ x.T + alone, labels)[0].argmax() == 0
 
 
 def test_effective_rank_counts_directions_from_either_gram_matrix():
@@ -30,3 +101,252 @@ def test_effective_rank_counts_directions_from_either_gram_matrix():
         share = np.linalg.svd(x, compute_uv=False)
         share /= share.sum()
         assert metrics.effective_rank(x) == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+
+
+def test_yearly_auc_takes_the_cancers_of_that_year_and_the_healthy_observed_by_then():
+    #             cancer in year 1   year 2            healthy, 5 years  healthy, 1 year seen
+    y = np.array([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    seen = np.array([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    p = np.array([[.5] * 5, [.2] * 5, [.3] * 5, [.9] * 5])
+    use = metrics.in_year(y, seen)
+    assert use[:, 0].tolist() == [True, False, True, True]  # the cancer of year 2 is no negative of year 1
+    assert use[:, 1].tolist() == [False, True, True, False]
+    areas = metrics.yearly_auc(y, seen, p)
+    assert areas[0] == 0.5                                  # .5 against .3 and .9
+    assert areas[1] == 0                                    # .2 against .3; the last one is no longer observed
+    assert np.isnan(areas[2:]).all()
+
+
+# ---- intervals and tests ------------------------------------------------------------------------------------------
+
+def test_the_bootstrap_of_a_mean_is_its_normal_interval():
+    values = np.random.default_rng(0).normal(1, 1, 400)
+    low, high = metrics.bootstrap(np.mean, [values], np.arange(400), np.random.default_rng(1))
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)     # 5 sd of 1,000
+
+
+def test_the_bootstrap_draws_patients_with_all_their_rows():
+    x = np.random.default_rng(0).normal(size=60)
+    alone = metrics.bootstrap(np.mean, [x], np.arange(60), np.random.default_rng(1))
+    copied = metrics.bootstrap(np.mean, [np.tile(x, 4)], np.tile(np.arange(60), 4), np.random.default_rng(1))
+    assert copied == pytest.approx(alone)                   # four images of one patient are not four patients
+    named = metrics.bootstrap(np.mean, [x.tolist()], [f'{i:02d}' for i in range(60)], np.random.default_rng(1))
+    assert named == alone
+
+
+def test_draws_that_do_not_define_the_metric_are_left_out():
+    rng = np.random.default_rng(0)
+    y, s = np.r_[1, np.zeros(9)], rng.normal(size=10)
+    values = metrics.resample(metrics.auc, [y, s], np.arange(10), np.random.default_rng(0), 500)
+    assert 0.2 < np.isnan(values).mean() < 0.5              # (1 - 1/10)^10 = .35 draws hold no positive; 5 sd = .11
+    interval = metrics.bootstrap(metrics.auc, [y, s], np.arange(10), np.random.default_rng(0), 500)
+    assert interval == tuple(np.percentile(values[~np.isnan(values)], [2.5, 97.5]))
+    assert all(map(math.isnan, metrics.bootstrap(metrics.auc, [y * 0, s], np.arange(10), rng, 20)))
+
+
+def test_delong_equals_roc_comparison():
+    for c in STATS['delong']:
+        assert metrics.delong(c['y'], c['s1'], c['s2']) == pytest.approx((c['auc1'], c['auc2'], c['p']), abs=1e-9)
+
+
+def test_delong_is_the_variance_of_the_shares_of_pairs_won():
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], [14, 9])
+    scores = rng.integers(0, 8, (2, 23)) + y                # ties
+    win = np.array([[[(a > b) + (a == b) / 2 for b in s[y == 0]] for a in s[y == 1]] for s in scores])  # (2, 9, 14)
+    gap = win[0] - win[1]
+    variance = gap.mean(1).var(ddof=1) / 9 + gap.mean(0).var(ddof=1) / 14
+    p = math.erfc(abs(gap.mean()) / math.sqrt(2 * variance))
+    assert metrics.delong(y, *scores) == pytest.approx((win[0].mean(), win[1].mean(), p), abs=1e-12)
+
+
+def test_delong_of_scores_in_the_same_order_is_one_and_of_perfect_ones_has_no_variance():
+    y, s = np.array([0, 0, 1, 1, 1]), np.array([.1, .4, .3, .8, .9])
+    assert metrics.delong(y, s, s ** 3)[2] == 1
+    assert metrics.delong(y, y, [0, 1, 2, 3, 4]) == (1, 1, 1)
+    assert math.isnan(metrics.delong(y, y, -y)[2])          # nothing to test a difference of 1 against
+    assert math.isnan(metrics.delong([0, 0, 1], [1, 2, 3], [3, 2, 1])[2])
+    assert all(map(math.isnan, metrics.delong([0, 0, 0], [1, 2, 3], [1, 2, 3])))
+
+
+def test_mcnemar_counts_discordant_cases_only_and_is_exact_below_25():
+    for c in STATS['mcnemar']:
+        discordant = c['table'][0][1] + c['table'][1][0]
+        expected = c['exact'][1] if discordant < 25 else c['chi2_cc'][1]
+        assert metrics.mcnemar(c['a'], c['b']) == pytest.approx(expected, abs=1e-9)
+    a, b = np.r_[np.ones(5), np.zeros(1), np.ones(50)], np.r_[np.zeros(5), np.ones(1), np.ones(50)]
+    assert metrics.mcnemar(a, b) == pytest.approx(2 * (1 + 6) / 2 ** 6)                 # Binom(6, 1/2) <= 1, twice
+    assert metrics.mcnemar(a, a) == 1
+    for n, p in ((24, 2 * sum(math.comb(24, k) for k in range(8)) / 2 ** 24),           # 7 against 17
+                 (25, math.erfc(10 / math.sqrt(2 * 25)))):                              # 7 against 18, less 1
+        wins = np.arange(n) < 7
+        assert metrics.mcnemar(wins, ~wins) == pytest.approx(p)
+
+
+def test_benjamini_hochberg_equals_statsmodels():
+    for c in STATS['bh']:
+        assert metrics.benjamini_hochberg(c['p']) == pytest.approx(np.array(c['p_adj']), abs=1e-9)
+    assert metrics.benjamini_hochberg([.04, .01, .03]) == pytest.approx([.04, .03, .04])
+
+
+# ---- lesions by distance ------------------------------------------------------------------------------------------
+
+def literal_froc(volumes, truth, predictions, min_distance):
+    """The challenge's rule, step by step as its evaluator takes them, for one set of volumes: [(fps, sensitivity)]"""
+    slices, rows = dict(map(tuple, volumes)), []
+    for p in predictions:
+        reach = []
+        for g, (name, x, y, w, h, z) in enumerate(truth):
+            if name == p[0]:
+                dx, dy, dz = p[1] + p[3] / 2 - x - w / 2, p[2] + p[4] / 2 - y - h / 2, p[5] + p[6] / 2 - z
+                if math.hypot(dx, dy) <= max(math.hypot(w, h) / 2, min_distance) and abs(dz) <= slices[name] / 4:
+                    reach.append((math.sqrt(dx ** 2 + dy ** 2 + dz ** 2), g))
+        rows.append((p[-1], min(reach)[1] if reach else None))
+    points = []
+    scores = [s for s, _ in rows] or [0]
+    for t in [max(scores) + 1, *sorted({s for s, g in rows if g is not None}, reverse=True), min(scores) - 1]:
+        on = [g for s, g in rows if s >= t]
+        points.append((on.count(None) / len(volumes), len(set(on) - {None}) / len(truth)))
+    return points
+
+
+@pytest.mark.parametrize('c', FROC, ids=lambda c: c.get('name', f"{len(c['pred'])} predictions"))
+def test_froc_equals_the_challenge_s_evaluator(c):
+    found = metrics.froc(c['volumes'], c['gt'], c['pred'], c['min_dist'])
+    assert found == pytest.approx(c['expected'], abs=1e-9)
+    points = literal_froc(c['volumes'], c['gt'], c['pred'], c['min_dist'])
+    assert found['sensitivity_at_2_fps_all'] == pytest.approx(np.interp(2, *zip(*points)), abs=1e-12)
+
+
+def test_fauc_equals_the_reference_step_rule():
+    for c in DRAWN:
+        ill = {row[0] for row in c['gt']}
+        truth, predictions = [row[:5] for row in c['gt']], [[*row[:5], row[-1]] for row in c['pred']]
+        found = metrics.fauc([row[0] for row in c['volumes']], truth, predictions, c['min_dist'])
+        assert found == pytest.approx(c['fauc1_step'], abs=1e-9)
+        found = metrics.fauc(sorted(ill), truth, [row for row in predictions if row[0] in ill], c['min_dist'])
+        assert found == pytest.approx(c['fauc1_step_positive_images'], abs=1e-9)
+
+
+def test_fauc_up_to_x_false_positives_by_hand():
+    truth = [['a', 0, 0, 10, 10], ['b', 0, 0, 10, 10]]
+    predictions = [['a', 0, 0, 10, 10, .9], ['a', 500, 0, 10, 10, .8], ['b', 0, 0, 10, 10, .7]]
+    assert metrics.fauc(['a', 'b'], truth, predictions, x=1) == 0.75        # half up to .5, then everything
+    assert metrics.fauc([['a', 1], ['b', 1]], truth, predictions, x=2) == 0.875
+
+
+def test_without_predictions_all_is_zero_and_without_lesions_nothing_is_defined():
+    volumes, truth = [[0, 40], [1, 40]], [[0, 10, 10, 50, 50, 20]]
+    flat = [row[:5] for row in truth]
+    assert set(metrics.froc(volumes, truth, []).values()) == {0.0}
+    assert metrics.fauc([0, 1], flat, []) == 0 and metrics.average_precision(flat, [], 0.5) == 0
+    assert all(math.isnan(v) for v in metrics.froc(volumes, [], []).values())
+    assert math.isnan(metrics.fauc([0, 1], [], [])) and math.isnan(metrics.average_precision([], [], 0.5))
+
+
+def test_a_lesion_outside_the_volumes_and_a_score_that_is_no_number_are_refused():
+    volumes, lesion = [[0, 40]], [0, 10, 10, 50, 50, 20]
+    with pytest.raises(ValueError, match='a lesion lies in 7, which is not among the volumes'):
+        metrics.froc(volumes, [[7, *lesion[1:]]], [])
+    for score in (math.nan, math.inf):
+        with pytest.raises(ValueError, match='a score is NaN or infinite'):
+            metrics.froc(volumes, [lesion], [[*lesion, 1, score]])
+
+
+def test_an_unusable_test_volume_without_predictions_counts_as_missed():
+    """DBT-DINO's code drops volumes without a prediction from the denominator, which gives the kinder .75."""
+    volumes, truth = [[i, 40] for i in range(5)], [[i, 10, 10, 50, 50, 20] for i in range(5)]
+    predictions = [[i, 10, 10, 50, 50, 20, 1, .9] for i in range(3)] + [[3, 900, 900, 50, 50, 20, 1, .8]]
+    assert metrics.froc(volumes, truth, predictions)['mean_sensitivity_positive'] == 3 / 5
+    assert metrics.froc(volumes[:4], truth[:4], predictions)['mean_sensitivity_positive'] == 3 / 4
+    flat = [row[:5] for row in truth]
+    assert metrics.fauc(volumes, flat, predictions) == 3 / 5
+    assert metrics.average_precision(flat, predictions, 0.5) == pytest.approx(61 / 101)     # recall 0 ... .6
+    m = metrics.overlapping(flat, predictions, 0.5, {i: i for i in range(5)})
+    assert metrics.localised(m, m.each()) == 3 / 5
+
+
+def test_bootstrap_weights_count_volumes_as_copies_would():
+    c = next(c for c in FROC if len(c['gt']) > 15 and c['min_dist'] == 100)
+    rng, flat = np.random.default_rng(0), [row[:5] for row in c['gt']]
+    names, slices = [v[0] for v in c['volumes']], dict(map(tuple, c['volumes']))        # names 0, 1, ...
+    m = metrics.matched(c['volumes'], c['gt'], c['pred'], 100)
+    plane = metrics.matched([[name, math.inf] for name in names], flat, c['pred'], 100)
+    by_overlap = metrics.overlapping(flat, c['pred'], 0.3, {name: i for i, name in enumerate(names)})
+    for _ in range(5):
+        drawn = rng.integers(len(names), size=len(names))
+        copies = list(enumerate(drawn))
+        volumes = [[f'copy {k}', slices[name]] for k, name in copies]
+        truth = [[f'copy {k}', *row[1:]] for k, name in copies for row in c['gt'] if row[0] == name]
+        predictions = [[f'copy {k}', *row[1:]] for k, name in copies for row in c['pred'] if row[0] == name]
+        weight = np.append(np.bincount(drawn, minlength=len(names)), 1.0)
+
+        expected = metrics.froc(volumes, truth, predictions, 100)
+        at = metrics.sensitivity(m, [1, 2, 3, 4], m.ill(weight))
+        assert at.mean() == pytest.approx(expected['mean_sensitivity_positive'], abs=1e-12)
+        assert metrics.sensitivity(m, 2, weight) == pytest.approx(expected['sensitivity_at_2_fps_all'], abs=1e-12)
+        truth = [row[:5] for row in truth]
+        area = metrics.fauc([v[0] for v in volumes], truth, predictions, 100)
+        assert metrics.step_area(plane, weight) == pytest.approx(area, abs=1e-12)
+        area = metrics.average_precision(truth, predictions, 0.3)
+        assert metrics.precision_area(by_overlap, weight) == pytest.approx(area, abs=1e-12)
+
+
+def test_lesions_caught_at_an_operating_point_of_the_curve_over_every_score():
+    volumes, truth = [[i, math.inf] for i in range(2)], [[0, 0, 0, 10, 10], [1, 0, 0, 10, 10]]
+    predictions = [[0, 0, 0, 10, 10, .9], [0, 500, 500, 10, 10, .8], [0, 700, 500, 10, 10, .7], [1, 0, 0, 10, 10, .6]]
+    m = metrics.matched(volumes, truth, predictions)
+    thresholds, false_positives, found = metrics.curve(m, m.each(), every=True)
+    assert thresholds == pytest.approx([1.9, .9, .8, .7, .6, -.4])
+    assert false_positives.tolist() == [0, 0, .5, 1, 1, 1] and found.tolist() == [0, .5, .5, .5, 1, 1]
+    assert metrics.caught(m, 0.5, m.each()).tolist() == [True, False]
+    assert metrics.caught(m, 1, m.each()).tolist() == [True, True]
+    assert metrics.caught(m, 1, np.zeros(3)).tolist() == [False, False]
+
+
+# ---- lesions by overlap -------------------------------------------------------------------------------------------
+
+def test_iou_is_the_share_of_common_pixels():
+    rng = np.random.default_rng(0)
+    for a, b in rng.integers(0, 12, (50, 2, 4)):
+        masks = np.zeros((2, 24, 24), bool)
+        for mask, (x, y, w, h) in zip(masks, (a, b)):
+            mask[y:y + h, x:x + w] = True
+        assert metrics.box_iou(a, b) == (masks[0] & masks[1]).sum() / max((masks[0] | masks[1]).sum(), 1)
+
+
+def test_average_precision_by_hand():
+    truth = [['a', 0, 0, 10, 10], ['a', 50, 50, 10, 10], ['b', 0, 0, 10, 10]]
+    right, far, low = ['a', 0, 0, 10, 10, .9], ['a', 200, 0, 10, 10, .8], ['b', 0, 0, 10, 9, .7]
+    assert metrics.average_precision(truth, [right], 0.5) == pytest.approx(34 / 101)    # recall 0 ... .33
+    again = ['a', 0, 1, 10, 10, .85]                        # the lesion is taken: a false positive
+    assert metrics.average_precision(truth, [low, right, again, far], 0.5) == pytest.approx(
+        (34 + 33 * 0.5) / 101)                              # precision 1, then 2 of 4
+    assert metrics.average_precision(truth, [low], 0.9) == pytest.approx(34 / 101)      # an IoU of exactly .9 fits
+    assert metrics.average_precision(truth, [low], 0.95) == 0
+
+
+def test_a_prediction_takes_the_free_lesion_that_it_overlaps_most():
+    truth = [['a', 0, 0, 10, 10], ['a', 4, 0, 10, 10]]
+    first, second = ['a', 3, 0, 10, 10, .9], ['a', 4, 0, 10, 10, .8]        # both overlap the second lesion most
+    number = dict(a=0)
+    assert metrics.overlapping(truth, [second, first], 0.3, number).lesion.tolist() == [1, 0]
+    assert metrics.overlapping(truth, [second, first], 0.5, number).lesion.tolist() == [1, -1]
+
+
+def test_the_hundred_best_predictions_of_an_image_count():
+    truth = [['a', 0, 0, 10, 10]]
+    far, hit = [['a', 90, 0, 10, 10, .9]] * 99, ['a', 0, 0, 10, 10, .1]
+    assert metrics.average_precision(truth, [hit, *far], 0.5) == pytest.approx(0.01)
+    assert metrics.average_precision(truth, [hit, *far, far[0]], 0.5) == 0
+    assert metrics.average_precision(truth, [hit, *far, ['b', *far[0][1:]]], 0.5) == pytest.approx(1 / 101)
+
+
+def test_top_1_localisation_looks_at_the_best_prediction_of_each_image_with_a_lesion():
+    truth = [['a', 0, 0, 10, 10], ['b', 0, 0, 10, 10], ['b', 50, 0, 10, 10]]
+    predictions = [['a', 200, 0, 10, 10, .8], ['a', 0, 0, 10, 10, .7], ['b', 50, 0, 10, 9, .5], ['c', 0, 0, 9, 9, .9]]
+    m = metrics.overlapping(truth, predictions, 0.5, dict(a=0, b=1, c=2))
+    assert metrics.localised(m, np.ones(4)) == 0.5          # the best of a fits no lesion, that of b does
+    assert metrics.localised(m, np.array([1, 3, 5, 1])) == 0.75
+    assert math.isnan(metrics.localised(m, np.array([0, 0, 1, 1])))

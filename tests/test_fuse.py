@@ -1,0 +1,181 @@
+"""fuse.py: pairs are pairs, stage II is minus the cosine inside tissue, stage III starts as A and needs SM alone."""
+import json
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_here, write
+from PIL import Image
+from test_detect import CPU, FAST, TINY, encoder, interrupted_after, weights     # noqa: F401, a fixture among them
+
+import detect
+import fuse
+import retinanet
+import score
+import vit
+
+cli = partial(run_here, fuse)
+FIXED = dict(size=84, channels=32, workers=0, freeze=False, normals=0.0)
+
+
+@pytest.fixture(scope='module')
+def exams(tmp_path_factory):
+    """FFDM of 96x72 and SM of 80x60 of the same breasts, the lesion in the FFDM bright, in the SM faint; as lists."""
+    root, lines = tmp_path_factory.mktemp('exams'), dict(sm=[], ffdm=[])
+    for i in range(24):
+        rng, split = np.random.default_rng([5, i]), 'train' if i < 12 else 'val' if i < 18 else 'test'
+        breast = np.zeros((80, 60), np.uint8)
+        breast[8:72, :40] = rng.integers(60, 90, (64, 40))
+        x, y = rng.integers(5, 25), rng.integers(15, 50)
+        for kind, value, size in (('sm', 20, (60, 80)), ('ffdm', 120, (72, 96))):
+            image, f = breast.copy(), size[0] / 60
+            image[y:y + 12, x:x + 12] += np.uint8(value)
+            (root / kind).mkdir(exist_ok=True)
+            np.save(root / kind / f'{i}.npy', np.asarray(Image.fromarray(image).resize(size)))
+            box = '|'.join(str(f * edge) for edge in (x, y, x + 12, y + 12))
+            lines[kind].append(f'{kind}/{i}.npy|p{i}|e{i}|L|CC|{split}|{box}')
+    for kind, rows in lines.items():
+        write(root / f'{kind}.csv', ['path|patient|exam|laterality|view|split|x0|y0|x1|y1', *rows])
+    return root
+
+
+def config(exams, **changes):
+    return fuse.Config(**dict(root=str(exams / 'sm.csv'), paired=str(exams / 'ffdm.csv'), **FIXED) | changes)
+
+
+def new(kind, cfg=fuse.Config(**FIXED)):
+    torch.manual_seed(0)
+    other = detect.Features(vit.ViT(**TINY, layerscale=1.0), cfg.channels)
+    return kind(cfg, vit.ViT(**TINY, layerscale=1.0), other)
+
+
+def pictures(*shape):
+    return torch.randint(255, shape, dtype=torch.uint8)
+
+
+def test_pairs_are_matched_by_patient_exam_side_and_view_and_every_other_image_is_named(exams, tmp_path):
+    rows, _ = fuse.load(config(exams))
+    assert len(rows) == 24 and all(row.partner.path.endswith(f'ffdm/{row.patient[1:]}.npy') for row in rows)
+    np.save(exams / 'wide.npy', np.full((80, 80), 7, np.uint8))
+    text = (exams / 'ffdm.csv').read_text().replace(',e3,L', ',e3,R').replace('ffdm/4.npy', 'wide.npy')
+    (exams / 'other.csv').write_text('\n'.join(text.splitlines()[:-1]))
+    rows, notes = fuse.load(config(exams, paired=str(exams / 'other.csv')))
+    told = ' '.join(notes)
+    assert len(rows) == 21 and 'p3/e3/LCC: not in' in told and 'p23/e23/LCC: not in' in told
+    assert 'p4/e4/LCC: 1 images of 60x80 and 1 of 80x80' in told and 'have no pair: p3/e3/RCC' in told
+
+
+def test_both_images_of_a_pair_move_alike_and_only_the_first_changes_its_greys(exams):
+    rows, _ = fuse.load(config(exams))
+    frames = fuse.Pairs(config(exams), [replace(row, partner=row) for row in rows], channels=3)
+    plain, equal, moved = frames[3, 0]['image'], 0, 0
+    assert plain.shape == (3, 84, 84) and np.array_equal(plain[0], plain[1])
+    for i in range(40):
+        first, second, tissue = frames[3, 0, 0, i]['image']
+        equal, moved = equal + np.array_equal(first, second), moved + (not np.array_equal(second, plain[1]))
+        assert abs(first.astype(float) - second).mean() < 30                            # at one place
+        assert (second[tissue > 127] > 40).mean() > 0.9 and (tissue > 127).sum() > 0.3 * (second > 40).sum()
+    assert 8 < equal < 30 and moved > 20
+
+
+def test_a_pair_of_mirror_images_is_left_out(exams, capsys):
+    row = fuse.load(config(exams))[0][0]
+    for name, image in (('framed', np.pad(np.load(row.path), 2)), ('mirrored', np.load(row.path)[:, ::-1])):
+        np.save(exams / f'{name}.npy', image)
+        pair = replace(row, partner=replace(row, path=str(exams / f'{name}.npy')))
+        assert (fuse.Pairs(config(exams), [pair], channels=2)[0, 0] is None) == (name == 'mirrored')
+    assert 'is the mirror image of its pair' in capsys.readouterr().err
+
+
+def test_stage_two_is_minus_the_cosine_inside_tissue_and_moves_b_alone():
+    net, images = new(fuse.Mimic).train(), pictures(2, 3, 84, 84)
+    images[:, 2] = 0
+    images[0, 2, 20:60, 10:70] = 255                        # the second image holds no tissue
+    answers = net(images)
+    loss, = net.head.loss(answers, dict(images=images))
+    expected, start, places = [], 0, retinanet.anchors(84)
+    for (guess, aim), cells in zip(answers, retinanet.grids(84)):
+        middle = ((places[:, :2] + places[:, 2:]) / 2)[start:start + 9 * cells ** 2:9].long()           # x y
+        start += 9 * cells ** 2
+        here = images[0, 2][middle[:, 1], middle[:, 0]] > 0
+        cosine = torch.cosine_similarity(guess[0].flatten(1), aim[0].flatten(1), dim=0)
+        expected.append(-cosine[here].mean() if here.any() else torch.tensor(0.0))
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+    assert net.head.count(dict(images=images)) == 1
+    loss.backward()
+    assert all(p.grad is None for p in net.other.parameters())
+    assert net.pyramid.p3.weight.grad.any() and net.encoder.patch_embed.proj.weight.grad.any()
+
+
+def test_a_collapsed_b_is_detected(exams, group, capsys):
+    """A guess that is the same everywhere has no spread; a B that is C has all of it."""
+    rows = [row for row in fuse.load(config(exams))[0] if row.split == 'val']
+    dead, twin = new(fuse.Mimic), new(fuse.Mimic)
+    for project in dead.head.project:
+        torch.nn.init.zeros_(project.weight)
+    _, found = fuse.likeness(dead, rows, CPU)
+    assert max(found['spread']) < 1e-2 and all(c <= best for c, best in zip(found['cosine'], found['constant']))
+    fuse.explain(found)
+    assert capsys.readouterr().out.count('has collapsed') == 4
+    twin.load_state_dict(twin.state_dict() | twin.other.state_dict())
+    for project in twin.head.project:                       # the identity
+        torch.nn.init.dirac_(project.weight)
+        torch.nn.init.zeros_(project.bias)
+    value, found = fuse.likeness(twin, [replace(row, partner=row) for row in rows], CPU)
+    assert value == pytest.approx(1, abs=1e-4) and found['spread'] == pytest.approx([1] * 4, abs=1e-3)
+    fuse.explain(found | dict(cosine=[0.3, 0.9, 0.0, 0.95], constant=[0.5, 0.8, 0.0, 0.9]))
+    told = capsys.readouterr().out
+    assert 'collapsed' not in told and told.count('no better than the mean of C') == 1  # and P5 has no tissue
+
+
+def test_fused_levels_mix_those_of_both_models_and_b_stays_frozen():
+    detector, images = new(fuse.Fused).train(), pictures(1, 1, 84, 84)
+    own, other = detect.Features.levels(detector, images), detector.other.levels(images)
+    for level, mine in zip(detector.levels(images), own):   # it begins as the detector that it was
+        assert torch.equal(level, mine)
+    for mix in detector.mix:
+        torch.nn.init.normal_(mix.weight)
+    for level, mix, *pair in zip(detector.levels(images), detector.mix, own, other):
+        torch.testing.assert_close(level, mix(torch.cat(pair, 1)), rtol=1e-4, atol=1e-5)
+    detector(images)[0].sum().backward()
+    assert all(p.grad is None for p in detector.other.parameters()) and detector.mix[0].weight.grad.any()
+    assert detector.pyramid.p3.weight.grad.any() and detector.encoder.norm.weight.grad.any()
+    both = torch.cat([images, pictures(1, 1, 84, 84)], 1)   # the bound: the other sees the second
+    assert not torch.equal(detector.levels(both)[0], detector.levels(images)[0])
+
+
+def test_the_three_stages_end_in_a_detector_that_needs_sm_alone(exams, encoder, tmp_path, capsys):  # noqa: F811
+    run = {name: tmp_path / name for name in ('A', 'C', 'B', 'fused', 'bound', 'cut')}
+    fast, first = (*FAST[4:], '--epochs', 1), ('--encoder', encoder, '--no-freeze', *FAST[:4])
+    for name, kind in (('A', 'sm'), ('C', 'ffdm')):
+        run_here(detect, '--root', exams / f'{kind}.csv', '--out', run[name], *first, *fast)
+    pairs = ('--root', exams / 'sm.csv', '--paired', exams / 'ffdm.csv')
+    cli('mimic', *pairs, '--other', run['C'], '--out', run['B'], *fast)
+    assert "of C's mean alone" in capsys.readouterr().out
+    assert len(json.loads((run['B'] / 'scores.json').read_text())['spread']) == 4
+    third = ('fuse', '--root', exams / 'sm.csv', '--init_from', run['A'], '--other', run['B'], *fast[:-1], 2, '--out')
+    cli(*third, run['fused'])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(detect, 'validated', interrupted_after(1))
+        cli(*third, run['cut'])
+    b, fused = (weights(run[name], 'best_weights') for name in ('B', 'fused'))
+    assert torch.equal(b['pyramid.p3.weight'], fused['other.pyramid.p3.weight'])
+    cli('fuse', *pairs, '--init_from', run['A'], '--other', run['C'], '--out', run['bound'], *fast)
+    for name in ('A', 'B', 'C'):                            # the checkpoint is whole without them
+        run[name].rename(tmp_path / f'gone{name}')
+    cli(*third, run['cut'], '--resume')
+    one, two = weights(run['fused']), weights(run['cut'])
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert score.read_predictions(run['fused']) == score.read_predictions(run['cut'])
+    cli('predict', exams / 'sm/20.npy', '--checkpoint', run['fused'], '--out', tmp_path / 'found')
+    for name, why in ((tmp_path / 'goneB', 'cannot use the run'), (run['bound'], 'needs both images'),
+                      (tmp_path / 'goneA', 'no run of this script')):
+        with pytest.raises(ValueError, match=why):
+            cli('predict', exams / 'sm/20.npy', '--checkpoint', name)
+    for arguments, why in ((('mimic', *pairs), 'needs --other'), (('fuse', *pairs), 'needs --other and --init_from'),
+                           (('fuse', '--root', 'x', '--other', 'x', '--init_from', tmp_path / 'goneA', '--out',
+                             tmp_path / 'x'), 'absent, or no detector')):
+        with pytest.raises(ValueError, match=why):
+            cli(*arguments)

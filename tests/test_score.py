@@ -1,0 +1,129 @@
+"""score.py: tables, tests and pictures come from predictions.csv alone."""
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import metrics
+import score
+
+
+def head_run(folder, task='cancer', classes=('0', '1'), n=60, skill=1.0, seed=0, per_patient=1, group='', share=1.0):
+    """A folder as finetune.py leaves it: random weights that guess, and an encoder with some skill."""
+    folder.mkdir(parents=True)
+    rng, C, lines = np.random.default_rng(seed), len(classes), []
+    truth = np.random.default_rng(1).integers(0, C, n)
+    for name, strength in (('random init', 0), ('pretrained', skill)):
+        logits = rng.normal(size=(n, C)) + strength * np.eye(C)[truth]
+        p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        for i, (y, row) in enumerate(zip(truth, p)):
+            lines.append((name, share, f'u{i}', f'p{i // per_patient}', group and 'ab'[i % 2], classes[y],
+                          classes[row.argmax()], *row))
+    score.write_csv(folder / 'predictions.csv', ('encoder', 'share', 'unit', 'patient', 'group', 'target', 'predicted',
+                                                 *(f'p_{c}' for c in classes)), lines)
+    score.write_json(folder / 'run.json', dict(task=task, classes=classes, dataset='csv', head='linear', level='image',
+                                               encoder='last.pt', subgroup=group))
+    return folder
+
+
+def test_a_table_holds_the_metrics_of_the_predictions_with_their_intervals(tmp_path, capsys):
+    run = head_run(tmp_path / 'run', group='scanner')
+    score.main([str(run), '--out', str(tmp_path / 'out'), '--draws', '50'])
+    told = json.loads((tmp_path / 'out' / 'scores.json').read_text())
+    value, low, high = told['runs'][str(run)]['pretrained']['AUC']
+    main = score.read_run(run)[-1]
+    assert value == pytest.approx(metrics.auc(main.y, main.p[:, 1])) and low < value < high
+    text = capsys.readouterr().out
+    assert f'{value:.3f}'.replace('0.', '.') in text and 'by scanner, pretrained' in text
+    assert 'a, n = 30' in told['runs'][str(run)] and 'DeLong' in text
+    for name in ('roc.png', 'confusion.png'):
+        assert np.array(Image.open(tmp_path / 'out' / name)).std() > 10
+
+
+def test_density_has_kappa_the_dense_half_and_the_share_off_by_more_than_one(tmp_path):
+    result = score.read_run(head_run(tmp_path / 'run', 'density', tuple('abcd')))[-1]
+    found = {name: metric(*result.arrays()) for name, metric in score.measures(result.run).items()}
+    guess, y = result.guess, result.y
+    assert found['AB or CD'] == np.mean([(g in (2, 3)) == (t in (2, 3)) for g, t in zip(guess, y)])
+    assert found['off by > 1'] == np.mean([abs(int(g) - int(t)) > 1 for g, t in zip(guess, y)])
+    assert found['kappa'] == metrics.kappa(y, guess, 4)
+
+
+def test_the_weighted_mean_auroc_counts_each_cancer_of_a_year():
+    run = dict(task='risk', classes=[f'year {t}' for t in range(1, 6)])
+    y = np.array([[1, -1, -1, -1, -1]] * 3 + [[0, 1, -1, -1, -1]] + [[0] * 5] * 4)
+    p = np.random.default_rng(0).random((8, 5)).cumsum(1)
+    areas = metrics.yearly_auc(y, y >= 0, p)
+    found = {name: metric(y, p, None) for name, metric in score.measures(run).items()}
+    assert found['mean AUROC'] == pytest.approx(np.nanmean(areas))
+    assert found['weighted AUROC'] == pytest.approx((3 * areas[0] + areas[1]) / 4)
+
+
+def test_where_patients_have_several_units_the_test_is_a_bootstrap_over_patients(tmp_path):
+    for per_patient, test in ((1, 'DeLong, cancer'), (2, 'bootstrap by patient')):
+        one, two = score.read_run(head_run(tmp_path / test, per_patient=per_patient))
+        v = score.versus(one, two, draws=40, seed=0)
+        assert list(v['tests']) == [test] and len(v['naive']) == per_patient - 1
+        assert v['difference'][0] == pytest.approx(metrics.auc(two.y, two.p[:, 1]) - metrics.auc(one.y, one.p[:, 1]))
+
+
+def test_all_tests_of_a_comparison_are_one_family():
+    found = dict(a=dict(tests=dict(x=0.01, y=math.nan)), b=dict(tests=dict(x=0.04)), c=dict(tests=dict(x=0.03)))
+    score.adjust(found)
+    expected = metrics.benjamini_hochberg([0.01, 0.04, 0.03])
+    assert [found[k]['adjusted']['x'] for k in 'abc'] == pytest.approx(expected)
+    assert math.isnan(found['a']['adjusted']['y'])
+
+
+def test_runs_are_tested_against_each_other_on_the_same_units_alone(tmp_path, capsys):
+    runs = [head_run(tmp_path / name, seed=seed, n=n) for name, seed, n in (('a', 1, 60), ('b', 2, 60), ('c', 3, 40))]
+    runs += [head_run(tmp_path / task, task, tuple('abcd')) for task in ('density', 'birads')]
+    score.main([*map(str, runs), '--out', str(tmp_path / 'out'), '--draws', '20'])
+    text = capsys.readouterr().out
+    assert f'{runs[1]} - {runs[0]}: ' in text and f'{runs[0]} and {runs[2]} were tested on different units' in text
+    assert np.array(Image.open(tmp_path / 'out' / 'radar.png')).std() > 10
+    with pytest.raises(ValueError, match='holds a run, whose scores would be lost'):
+        score.main([str(runs[0]), '--out', str(runs[1])])
+
+
+def detector_run(folder, shift=0.0, slices=8):
+    """Three volumes, of which two have a lesion, in the challenge's format."""
+    folder.mkdir(parents=True)
+    key = [('P1', 'S', 'lcc'), ('P2', 'S', 'lcc'), ('P3', 'S', 'lcc')]
+    score.write_csv(folder / 'labels.csv', score.LABEL, [(*k, 0, 0, 0, 1) for k in key])
+    boxes = [(*k, '', 4, 300, 300, 50, 50, kind, '', slices) for k, kind in zip(key, ('cancer', 'benign'))]
+    score.write_csv(folder / 'boxes.csv', score.BOX, boxes)
+    score.write_csv(folder / 'predictions.csv', score.PREDICTION, [
+        (*key[0], 300 + shift, 50, 300, 50, 3, 2, 0.9), (*key[2], 10, 50, 10, 50, 1, 1, 0.8)])
+    return folder
+
+
+def test_runs_of_a_detector_get_the_challenges_numbers_and_the_lesions_they_miss(tmp_path, capsys):
+    runs = [detector_run(tmp_path / 'near'), detector_run(tmp_path / 'far', shift=400)]
+    score.main([*map(str, runs), '--out', str(tmp_path / 'out'), '--draws', '20'])
+    told = json.loads((tmp_path / 'out' / 'scores.json').read_text())
+    assert told['challenge'][str(runs[0])]['mean_sensitivity_positive'] == 0.5 and told['min_distance'] == 100
+    assert told['with_lesions'][str(runs[1])]['mean of 1-4'][0] == 0
+    assert [row[0] for row in told['missed']['1']['none']] == [['P2', 'S', 'lcc']]
+    assert len(told['missed']['4'][f'{runs[0]} alone']) == 1 and 'found at 1 FP by' in capsys.readouterr().out
+    assert np.array(Image.open(tmp_path / 'out' / 'froc.png')).std() > 10
+    with pytest.raises(ValueError, match='tested on different lesions'):
+        score.main([str(runs[0]), str(detector_run(tmp_path / 'thin', slices=20)), '--out', str(tmp_path / 'out')])
+
+
+def test_depth_plays_no_part_in_a_mammogram_and_boxes_that_cannot_be_are_named(tmp_path):
+    run = detector_run(tmp_path / 'run', slices=1)
+    with pytest.raises(ValueError, match='slice 4 of 1 in P1/S/lcc'):
+        score.read_truth(run / 'labels.csv', run / 'boxes.csv')
+    text = (run / 'boxes.csv').read_text().replace(',4,300', ',0,300')
+    (run / 'boxes.csv').write_text(text)
+    volumes, truth, classes = score.read_truth(run / 'labels.csv', run / 'boxes.csv')
+    assert dict(volumes)['P1', 'S', 'lcc'] == math.inf and list(classes) == ['cancer', 'benign']
+    (run / 'boxes.csv').write_text(text.replace('P2', 'P9'))
+    with pytest.raises(ValueError, match='a box in P9/S/lcc, which .*labels.csv does not list'):
+        score.read_truth(run / 'labels.csv', run / 'boxes.csv')
+    (run / 'predictions.csv').write_text((run / 'predictions.csv').read_text().replace('0.9', 'high'))
+    with pytest.raises(ValueError, match="Score is 'high'"):
+        score.read_predictions(run)
