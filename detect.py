@@ -62,7 +62,7 @@ class Config:
     clahe: bool = option(True, 'ours', 'CLAHE of files that prepare.py has not seen')
     size: int = option(518, '6.2.3', 'pixels of the square image, a multiple of 14')
     augment: bool = option(True, '6.2.3', 'flips, zoom, coarse dropout, gamma, noise')
-    normals: float = option(1.0, 'ours', 'normal slices in an epoch for each annotated one')
+    normals: float = option(1.0, 'ours', 'normal slices for each annotated one; in the paper 0')
 
     encoder: str | None = option(None, 'ours', 'last.pt, or the official DINOv2 file',
                                  group='encoder and detector')
@@ -76,7 +76,7 @@ class Config:
     overlap: float = option(0.5, 'ours', 'share of the smaller box that makes two boxes one')
     gap: int = option(1, 'ours', 'slices from one box of a finding to the next, at most')
 
-    dropout: float = option(0.1, '6.2.3', 'of channels, before the last layer', group='RetinaNet')
+    dropout: float = option(0.1, '6.2.3', 'of channels, in each layer of a tower', group='RetinaNet')
     alpha: float = option(0.25, 'retinanet', 'focal loss: weight of the positives')
     gamma: float = option(2.0, 'retinanet', 'focal loss: how fast easy anchors fade')
     nms: float = option(0.1, '6.2.3', 'IoU above which the weaker of two boxes of a slice goes')
@@ -260,8 +260,8 @@ class Queried(nn.Module):
 
 
 def build(cfg, state=None, start=None):
-    """A detector whose weights follow, from the checkpoint `state`; or one at its start, with the weights of
-    --init_from, whose checkpoint `start` is, or on --encoder, or on random weights."""
+    """A detector to be filled from the checkpoint `state`, or one that starts from --init_from (its
+    checkpoint: `start`), from --encoder or from random weights."""
     start = state or start or (checkpoint(cfg.init_from) if cfg.init_from else None)
     if start:
         encoder = vit.ViT(**start['vit'])
@@ -615,7 +615,7 @@ def restored(folder, config=Config, build=build):
 
 def validated(detector, rows, device):
     """Mean sensitivity at 1 to 5 false positives per image over the annotated slices and --normals times as
-    many normal ones (6.2.3) -> it, and dict(threshold=the score at 1 false positive)
+    many normal ones (ours) -> it, and dict(threshold=the score at 1 false positive)
 
     A hit is within max(half the diagonal, 20 pixels of 518), about the challenge's 100 in 2457 rows."""
     cfg, items = detector.cfg, detector.marked(rows)
@@ -667,7 +667,7 @@ def predicted(detector, rows, device):
     cfg, items, found = detector.cfg, [], []
     for i in range(dist.get_rank(), len(rows), dist.get_world_size()):
         try:
-            if rows[i].shape or not rows[i].boxes:          # else the file cannot be used: datasets.py
+            if rows[i].shape or not rows[i].boxes:          # else unusable: its lesions are missed
                 items += [(i, z) for z in frames_of(rows[i])]
         except (ValueError, OSError) as problem:
             tqdm.write(f'skipped: {problem}', file=sys.stderr)
@@ -675,7 +675,7 @@ def predicted(detector, rows, device):
                   leave=False, delay=2, disable=dist.get_rank() > 0 or None)
     for i, volume in itertools.groupby(slices, key=lambda one: one[0]):
         _, z, boxes, scores = zip(*volume)
-        K, H, W = rows[i].shape
+        K, H, W = size_of(rows[i])
         boxes = np.concatenate(boxes) * np.array([W / cfg.size, H / cfg.size] * 2)
         z = np.repeat(z, [len(part) for part in scores])
         merged = findings_of(boxes, np.concatenate(scores), z, cfg.overlap, cfg.gap)[:cfg.top]
@@ -684,18 +684,19 @@ def predicted(detector, rows, device):
     return sorted(gathered(found), key=lambda line: line[0])
 
 
-def grouped(boxes, scores, slices, overlap=0.5, gap=1):
-    """Which boxes of a volume are one finding -> (numbers of its boxes, best first; first slice; last slice)
-    of each, best first. 2.4 says only that slices are aggregated to volumes; the rule is ours.
+def findings_of(boxes, scores, slices, overlap, gap):
+    """The boxes of all slices of a volume -> its findings, best first: boxes (n, 4), scores (n,), slices (n,)
+    -> rows x y w h z depth score slice (m, 8): place, score and slice of the best box, first slice, number of
+    slices. 2.4 says only that slices are aggregated to volumes; the rule is ours.
 
     The best box that is left starts a finding. Boxes that share at least `overlap` of the smaller area with
-    it lie at its place. From its slice up and down, the finding reaches as far as boxes at its place with at
-    least half its score follow each other within `gap` slices. It takes every box at its place on those
-    slices and `gap` beyond. All boxes are compared with the first, so that a chain of boxes cannot wander
-    away, and faint boxes on every slice do not make a long lesion."""
+    it are at its place. Up and down from its slice, boxes there with half of its score or more carry it on,
+    at most `gap` slices apart. Every box there, up to `gap` slices beyond, belongs to it. All boxes are
+    compared with the first, so that a chain of boxes cannot wander away, and faint boxes on every slice do
+    not make a long lesion."""
     boxes = torch.as_tensor(np.asarray(boxes, float)).view(-1, 4)
     scores, slices = np.asarray(scores, float), np.asarray(slices, int)
-    left, groups = np.lexsort((slices, -scores)), []
+    left, found = np.lexsort((slices, -scores)), []
     while len(left):
         first, here, others = left[0], slices[left], boxes[left]
         smaller = torch.minimum(retinanet.area(others), retinanet.area(others[:1]))
@@ -706,27 +707,19 @@ def grouped(boxes, scores, slices, overlap=0.5, gap=1):
             high = z if z - high <= gap else high
         for z in strong[strong < low][::-1]:
             low = z if low - z <= gap else low
+        x0, y0, x1, y1 = boxes[first].tolist()
+        depth = high - low + 1
+        found.append((x0, y0, x1 - x0, y1 - y0, low, depth, scores[first], slices[first]))
         member = near & (here >= low - gap) & (here <= high + gap)
         member[0] = True
-        groups.append((left[member], low, high))
         left = left[~member]
-    return groups
+    return np.array(found, float).reshape(-1, 8)
 
 
 def merge_slices(boxes, scores, slices, overlap=0.5, gap=1):
-    """The boxes of all slices of a volume, (n, 4), scores (n,), slices (n,) -> its findings (`grouped`), rows
-    x y w h z depth score, (m, 7), best first: place and score of the best box, first slice, slices"""
+    """`findings_of` without the slice of the best box: rows x y w h z depth score (m, 7)"""
     return findings_of(boxes, scores, slices, overlap, gap)[:, :7]
 
-
-def findings_of(boxes, scores, slices, overlap, gap):
-    """`merge_slices` with the slice of the best box as last column, (m, 8)"""
-    boxes, found = np.asarray(boxes, float).reshape(-1, 4), []
-    for (best, *_), first, last in grouped(boxes, scores, slices, overlap, gap):
-        x0, y0, x1, y1 = boxes[best]
-        depth = last - first + 1
-        found.append((x0, y0, x1 - x0, y1 - y0, first, depth, scores[best], slices[best]))
-    return np.array(found, float).reshape(-1, 8)
 
 
 # ---- one run --------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Config:
     task: str = option('cancer', 'paper 3.3', 'cancer, lesion, lesion_type, birads, density, risk')
     cancer_rule: str | None = option(None, 'ours', 'vindr: birads5 or birads45; cmmd: unlisted')
     classes: tuple[str, ...] = option((), 'ours', 'csv: the labels in order, the negative first')
-    level: str | None = option(None, 'ours', 'image, breast or exam; by data set and task')
+    level: str | None = option(None, 'ours', 'image, breast, exam (DBT-DINO); by data set and task')
     voi: bool = option(False, 'dbt-dino', 'apply the VOI LUT or window of DICOM files')
     clahe: bool = option(True, 'paper 3.1', 'CLAHE of files that prepare.py has not seen')
 
@@ -79,7 +79,7 @@ class Config:
     freeze: bool | None = option(None, 'dbt-dino 6.2', 'train the head alone; all but mlp do')
     hidden: int = option(512, 'ours', 'width of the two hidden layers of the mlp')
     standardize: bool = option(True, 'ours', 'frozen features to mean 0 and deviation 1')
-    balance: bool = option(True, 'dbt-dino 6.2.2', 'every class weighs the same in the loss')
+    balance: bool = option(True, 'ours', 'every class weighs the same in the loss')
 
     out: str = option('runs/finetune', 'ours', 'folder of this run', group='the run')
     cache: str = option('runs/features', 'dbt-dino 6.2.1', 'frozen features, by file and weights')
@@ -132,8 +132,8 @@ def resolved(cfg, ranks=1):
     recipe = RECIPES[cfg.head]
     freeze = recipe['freeze'] if cfg.freeze is None else cfg.freeze
     if not freeze and (cfg.search or cfg.head == 'knn' or cfg.batch % ranks):
-        raise ValueError('finetuning takes neither --search nor --head knn, and a --batch that is a '
-                         f'multiple of {ranks} ranks')
+        raise ValueError('finetuning takes neither --search nor --head knn, and a --batch that is '
+                         f'a multiple of {ranks} ranks')
     if not (cfg.encoder or cfg.random_encoder):
         raise ValueError('--encoder FILE is missing; --random_encoder does without')
     levels = datasets.LEVELS
@@ -228,7 +228,7 @@ def new_head(cfg, encoder, classes):
 
 def class_weights(cfg, targets):
     """Weights of the units (n,), 1 on average, with which every class counts the same over the set; in risk,
-    exams with and without cancer. DBT-DINO has a balanced sampler and validation set instead (6.2.2)."""
+    exams with and without cancer. DBT-DINO balances its validation set alone (6.2.2)."""
     kind = targets.amax(1) if cfg.task == 'risk' else targets
     count = torch.bincount(kind)
     return (len(kind) / (count > 0).sum() / count)[kind] if cfg.balance else torch.ones(len(kind))
@@ -395,10 +395,10 @@ def stacked(arrays):
 
 def encode(encoder, pictures, owner, rows, of_patches=True):
     """uint8 images (n, S, S) of the rows `owner` (n,) -> moments (R, 4, D): mean of CLS, mean of patches,
-    deviation of CLS, deviation of patches, over slices and patches jointly and unbiased (DBT-DINO 2.4).
+    deviation of CLS, deviation of patches, over the slices of a view (DBT-DINO 6.2.1), unbiased (ours).
 
     Sums add up in fp64, CHUNK images at a time, so that the tokens of a volume are never held together.
-    Without `of_patches` those of the patches are not computed, and are 0."""
+    Without `of_patches` the two of the patches mean nothing."""
     sums = torch.zeros(rows, 4, encoder.config['width'], dtype=torch.float64, device=owner.device)
     for part, of in zip(pictures.split(CHUNK), owner.split(CHUNK)):
         part = part.to(owner.device).unsqueeze(1).float() / 255                         # (n, 1, S, S)
@@ -500,7 +500,7 @@ def examples(cfg, units, values):
 
 def fit(cfg, classes, train, val):
     """A head on frozen features, and {learning rate: least validation loss}: at --lr, or the best of --search
-    rates drawn from the head's range (DBT-DINO 6.2.1, 6.2.2). train, val: features and targets."""
+    random rates (DBT-DINO 6.2.1, 6.2.2: Optuna). train, val: features and targets."""
     if cfg.head == 'knn':
         return Neighbours(*train, len(classes)), {}
     rates = [cfg.lr]
@@ -584,7 +584,7 @@ def collated(train, part, items, size, views):
 def finetune(cfg, encoder, rows, train, val, classes, device):
     """Encoder and head together (MammoDINO 3.3, which gives no recipe). Ours: AdamW, a learning rate that
     falls block by block towards the input, a warm-up over a tenth of the steps, then a cosine. -> the head,
-    {learning rate: least validation loss}; encoder and head have the weights of that epoch."""
+    {learning rate: least validation loss}; encoder and head end at their best epoch."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     size, views = cfg.size or encoder.config['size'], len(SLOTS[cfg.level])
     torch.manual_seed(cfg.seed)
@@ -670,14 +670,14 @@ def work(cfg, device):
         out.mkdir(parents=True, exist_ok=True)
         lock_file = lock(out)                               # noqa: F841, open until the process ends
         introduce(cfg, parts, classes, notes)
+    strata = {}
+    for unit in parts['train']:                             # a patient's highest label
+        strata[unit.patient] = max(strata.get(unit.patient, 0), int(np.max(unit.label)))
     lines, tried = [], {}
     for name, file in files.items():
         encoder = new_encoder(cfg, file).to(device)
         values = features(cfg, encoder, rows, units, device) if cfg.freeze else None
         for share in cfg.fraction:
-            strata = {unit.patient: 0 for unit in parts['train']}
-            for unit in parts['train']:                     # a patient's highest label
-                strata[unit.patient] = max(strata[unit.patient], int(np.max(unit.label)))
             kept = datasets.drawn(strata, share, cfg.seed, math.ceil)
             train = [unit for unit in parts['train'] if unit.patient in kept]
             if cfg.freeze:
@@ -696,15 +696,15 @@ def work(cfg, device):
             p = predicted(cfg, head, unit_features(cfg, parts['test'], values))
             lines += prediction_lines(cfg, name, share, parts['test'], classes, threshold, p)
             tried[f'{name}, {share:g}'] = losses
-    if rank == 0:                                           # the last head is that of the main encoder
+    if rank == 0:                                           # of the last encoder, on its largest share
         weights = {f'backbone.{k}': v.cpu() for k, v in encoder.state_dict().items()}
         save(out / 'last.pt', dict(config=asdict(cfg), classes=classes, threshold=threshold,
                                    head=head.cpu().state_dict(), vit=encoder.config,
                                    teacher=weights))
-        notes += missing_views(cfg, rows, parts['test'], values)
+        notes += missing_views(cfg, parts['test'], values)
         write(cfg, classes, notes, lines, tried=tried)
         score.heads([cfg.out], out, cfg.draws, cfg.seed)
-        print(f'-> {out}: predictions.csv, scores.json, last.pt and pictures. Next:\n   python score.py '
+        print(f'-> {out}: predictions.csv, scores.json, last.pt, pictures. Next:\n   python score.py '
               f'{out} OTHER\n   python finetune.py predict FILE --checkpoint {out}')
     dist.barrier()
 
@@ -712,7 +712,8 @@ def work(cfg, device):
 def introduce(cfg, parts, classes, notes):
     """What is about to be learnt from what, and what was left out."""
     state, encoder = 'frozen' if cfg.freeze else 'finetuned', cfg.encoder or 'random weights'
-    print(f'\n{cfg.task} of {cfg.dataset}, {cfg.level} level: {cfg.head} head on {cfg.pool} of {encoder}, {state}')
+    print(f'\n{cfg.task} of {cfg.dataset}, {cfg.level} level: {cfg.head} head on {cfg.pool} of '
+          f'{encoder}, {state}')
     for split, units in parts.items():
         asked = score.questions(dict(task=cfg.task, classes=classes), targets(units).numpy())
         counts = ', '.join(f'{name} {truth.sum()}' for name, (_, truth, _) in asked.items())
@@ -722,7 +723,7 @@ def introduce(cfg, parts, classes, notes):
         print(f'  {note}')
 
 
-def missing_views(cfg, rows, units, values):
+def missing_views(cfg, units, values):
     """A note on the units that lack a view, for which the mean of their others stands in."""
     lacking = []
     for unit in units:
@@ -733,21 +734,22 @@ def missing_views(cfg, rows, units, values):
     if not lacking:
         return []
     shown = ', '.join(lacking[:5]) + ', ...' * (len(lacking) > 5)
-    return [f'{len(lacking)} {cfg.level}s lack a view, for which the mean of their others stands in, or '
-            f'take no part without any: {shown}']
+    return [f'{len(lacking)} {cfg.level}s lack a view; the mean of their others stands in, a unit '
+            f'without any takes no part: {shown}']
 
 
 def prediction_lines(cfg, name, share, units, classes, threshold, p):
-    """Lines of predictions.csv: the truth, the decision (the likeliest class, or positive from the threshold
-    of validation on) and every probability. Units without a readable file have none."""
-    guess, lines = p.argmax(1) if threshold is None else (p[:, 1] >= threshold).astype(int), []
+    """Lines of predictions.csv: the truth, the decision (the likeliest class, or positive at or
+    above the threshold of validation) and every probability. Units without a readable file have none."""
+    guess = p.argmax(1) if threshold is None else (p[:, 1] >= threshold).astype(int)
+    lines = []
     for unit, g, row in zip(units, guess, p.tolist()):
         if cfg.task == 'risk':
-            decision = ' '.join(map(str, unit.label)), ''
+            answer = ' '.join(map(str, unit.label)), ''
         else:
-            decision = classes[unit.label], classes[g]
+            answer = classes[unit.label], classes[g]
         if not np.isnan(row).any():
-            lines.append((name, share, unit.name, unit.patient, unit.group, *decision, *row))
+            lines.append((name, share, unit.name, unit.patient, unit.group, *answer, *row))
     return lines
 
 
@@ -833,7 +835,7 @@ def predict(argv, device):
     for unit, p in zip(units, predicted(cfg, head, unit_features(cfg, units, values))):
         shown = ', '.join(f'{name} = {value:.3f}' for name, value in zip(classes, p))
         print(f'{unit.name}: {cfg.task} {"unreadable" if np.isnan(p).any() else shown}')
-    print('\n'.join(missing_views(cfg, rows, units, values)))
+    print('\n'.join(missing_views(cfg, units, values)))
     if cfg.balance and cfg.head != 'knn':
         print('Classes weighed the same in training: these are scores, not shares of a population.')
     if threshold is not None:

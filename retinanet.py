@@ -31,7 +31,7 @@ SHAPES = len(RATIOS) * len(SCALES)
 # ---- anchors (6.2.3) ------------------------------------------------------------------------------
 
 def grids(size):
-    """Cells per side of P3 to P6, (74, 37, 18, 9) at 518. Max-pooling drops the last token of an odd grid."""
+    """Cells per side of P3 to P6, (74, 37, 18, 9) at 518. Pooling floors an odd side, P6 rounds up."""
     patches = size // 14
     return 2 * patches, patches, patches // 2, (patches // 2 + 1) // 2
 
@@ -128,8 +128,8 @@ class Pyramid(nn.Module):
     """The neck: patch tokens (B, N, D) of a square image -> P3, P4, P5, P6, each (B, C, h, w).
 
     The paper calls it a feature pyramid network and describes the simple pyramid of ViTDet (Li 2022): every
-    level is made from the last tokens. Usually a top-down path hands the semantics of coarse maps to fine
-    ones; all patch tokens of a plain ViT are equally deep, so there is none.
+    level is made from the last tokens; the 3x3 convolutions of P3 to P5 are ViTDet's. All patch tokens of a
+    plain ViT are equally deep, so there is no top-down path.
     """
 
     def __init__(self, width, channels):
@@ -202,14 +202,15 @@ def focal_loss(logits, targets, alpha=0.25, gamma=2.0):
     p = torch.sigmoid(logits)
     p_t = p * targets + (1 - p) * (1 - targets)
     alpha_t = alpha * targets + (1 - alpha) * (1 - targets) if alpha >= 0 else 1.0
-    # -log p_t, from logits: where p rounds to 0 or 1, its gradient would be lost
+    # -log p_t from logits, whose gradient survives where p rounds to 0 or 1
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction='none')
     return (alpha_t * (1 - p_t) ** gamma * cross_entropy).sum()
 
 
 def losses(logits, deltas, batch, anchors, alpha=0.25, gamma=2.0):
     """Focal loss of all anchors but the ignored, smooth L1 of the positive ones (6.2.3) -> two sums, () each,
-    to be divided by the positive anchors of the whole batch. The paper gives no beta; 0.1 is detectron2's.
+    to be divided by the positive anchors of the whole batch. No label smoothing, weights 1:1 (6.2.3 tunes
+    both); it gives no beta, 0.1 is detectron2's.
 
     logits (B, A), deltas (B, A, 4), anchors (A, 4), batch['match'] (B, A): `match` of each image,
     batch['boxes']: a list of B tensors (G, 4)."""

@@ -63,7 +63,7 @@ def test_views_stand_in_the_order_of_dbt_dino_and_a_missing_one_is_the_mean_of_t
     four = dict(zip([(r.exam, r.path) for r in rows], values[:, 0, 0].tolist()))
     assert x[0].tolist() == [four['e1', v] for v in ('RCC', 'LCC', 'RMLO', 'LMLO')]
     assert x[1, 1] == pytest.approx(np.mean([four['e2', v] for v in ('RCC', 'RMLO', 'LMLO')]))
-    assert 'p/e2 (LCC)' in finetune.missing_views(cfg, rows, units, values)[0]
+    assert 'p/e2 (LCC)' in finetune.missing_views(cfg, units, values)[0]
 
 
 def test_a_breast_takes_its_highest_label_and_no_part_with_lesions_of_two_types():
