@@ -196,6 +196,7 @@ class Head(nn.Module):
         self.scale.copy_(torch.where(deviation > 1e-6, 1 / deviation.clamp_min(1e-6), 0))
 
     def forward(self, x):
+        """(B, F) -> (B, C or T)"""
         with torch.autocast(x.device.type, enabled=False):
             x = (x.float() - self.shift) * self.scale
             for layer in self.layers[:-1]:
@@ -440,7 +441,7 @@ def features(cfg, encoder, rows, units, device, cache=True):
     found = {i: np.load(place) for i, place in places.items() if place.exists()}
 
     encoder.eval()
-    of_patches = cache or not set(POOLS[cfg.pool]) <= {0, 2}
+    of_patches = cache or 'patch' in cfg.pool               # the cache serves every pool
     todo = [(i, False) for i in mine if i not in found]
     batches = DataLoader(Images(cfg, rows, size), sampler=todo, batch_size=8, collate_fn=list,
                          num_workers=cfg.workers, timeout=1800 if cfg.workers else 0)
@@ -550,8 +551,7 @@ class Network(nn.Module):
     def forward(self, pictures, owner, place, units):
         """Images uint8 (n, S, S), the row of each (n,), the place unit * V + slot of each row (R,), number of
         units -> outputs (B, C or T)"""
-        of_patches = not set(POOLS[self.cfg.pool]) <= {0, 2}
-        values = encode(self.encoder, pictures, owner, len(place), of_patches)
+        values = encode(self.encoder, pictures, owner, len(place), 'patch' in self.cfg.pool)
         return self.head(assemble(self.cfg, values, place, units))
 
 
@@ -676,7 +676,10 @@ def work(cfg, device):
     lines, tried = [], {}
     for name, file in files.items():
         encoder = new_encoder(cfg, file).to(device)
-        values = features(cfg, encoder, rows, units, device) if cfg.freeze else None
+        if cfg.freeze:
+            values = features(cfg, encoder, rows, units, device)
+            seen = [unit for unit in units if not all(values[i].isnan().any() for i, _ in unit.rows)]
+            parted(seen, ['unreadable files were left out; they are named above'])
         for share in cfg.fraction:
             kept = datasets.drawn(strata, share, cfg.seed, math.ceil)
             train = [unit for unit in parts['train'] if unit.patient in kept]
@@ -704,8 +707,8 @@ def work(cfg, device):
         notes += missing_views(cfg, parts['test'], values)
         write(cfg, classes, notes, lines, tried=tried)
         score.heads([cfg.out], out, cfg.draws, cfg.seed)
-        print(f'-> {out}: predictions.csv, scores.json, last.pt, pictures. Next:\n   python score.py '
-              f'{out} OTHER\n   python finetune.py predict FILE --checkpoint {out}')
+        print(f'-> {out}: predictions.csv, scores.json, last.pt, pictures. Next:\n   python score.py'
+              f' {out} OTHER\n   python finetune.py predict FILE --checkpoint {out}')
     dist.barrier()
 
 

@@ -609,7 +609,7 @@ def write_log(cfg, log, bar, line):
     """One line of log.jsonl, the losses into the progress bar, and advice where a run goes wrong."""
     if log is None:
         return
-    print(json.dumps(line | dict(time=time.time())), file=log, flush=True)
+    print(json.dumps(line | dict(time=time.monotonic())), file=log, flush=True)
     shown = ('total', 'image', 'patch', 'slice', 'koleo')
     bar.set_postfix({name: f'{line[name]:.3f}' for name in shown})
     log_k, warm = math.log(cfg.prototypes), line['step'] >= cfg.warmup

@@ -405,6 +405,18 @@ def test_a_run_is_not_overwritten_and_a_wrong_encoder_is_named(risk, exams, enco
         cli('--dataset', 'rsna')
 
 
+def test_a_split_of_unreadable_files_ends_the_run_in_words(exams, encoder, tmp_path):
+    lines = (exams / 'manifest.csv').read_text().splitlines()
+    splits = ['split', *('train val test'.split()[int(line.split(',')[1][1:]) % 7 % 3] for line in lines[1:])]
+    (tmp_path / 'manifest.csv').write_text('\n'.join(f'{a},{b}' for a, b in zip(lines, splits)) + '\n')
+    for line, split in zip(lines[1:], splits[1:]):
+        path = tmp_path / line.split(',')[0]
+        path.write_bytes(b'broken' if split == 'val' else (exams / path.name).read_bytes())
+    with pytest.raises(ValueError, match='the val split holds fewer than two classes.*unreadable files were left out'):
+        cli('--root', tmp_path, '--task', 'cancer', '--encoder', encoder, '--out', tmp_path / 'run', *FAST, '--cache',
+            tmp_path / 'cache')
+
+
 @pytest.mark.parametrize('head', ['linear', 'mlp'])
 def test_training_that_diverges_is_no_result(head, exams, encoder, tmp_path):
     with pytest.raises(ValueError, match='the validation loss was never finite; lower --lr'):
