@@ -18,8 +18,10 @@ shares of the image. targets: for each image a dict of labels, int64 (G,), and b
 computed in fp32, also under autocast. Copy this file alone; it imports nothing of this repository.
 """
 import math
+import sys
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -60,7 +62,7 @@ class DinoDetr(nn.Module):
     def forward(self, levels, targets=None, draws=None):
         """levels: L times (B, C, h, w), fine to coarse -> dict: layers, a list of logits (B, Q, K) and boxes
         (B, Q, 4); proposals, one such pair; in training with targets also denoising, a list of (B, T, K) and
-        (B, T, 4), and groups. Under DDP, training needs targets, or `label_enc` gets no gradient."""
+        (B, T, 4), and groups."""
         denoise = self.training and targets is not None and self.denoising > 0
         with torch.autocast(levels[0].device.type, enabled=False):
             grid = Grid.of(levels, self.centres)
@@ -101,8 +103,7 @@ class DinoDetr(nn.Module):
         square = torch.cat([grid.centres, side, side], dim=1)                           # (N, 4)
         valid = ((square > 0.01) & (square < 0.99)).all(1)
         if valid.sum() < self.queries:
-            raise ValueError(f'{self.queries} queries, but only {int(valid.sum())} cells propose '
-                             'boxes; take fewer queries or larger images')
+            raise ValueError(f'only {int(valid.sum())} cells, {self.queries} queries; take fewer')
         x = self.enc_output_norm(self.enc_output(memory))                               # (B, N, C)
         score = self.proposal_class(x).amax(-1).masked_fill(~valid, -math.inf)          # (B, N)
         best = score.topk(self.queries, dim=1).indices                                  # (B, Q)
@@ -129,6 +130,7 @@ class DinoDetr(nn.Module):
 
 class MLP(nn.Module):
     """Linear layers with ReLU between them"""
+
     def __init__(self, *widths):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
@@ -140,7 +142,8 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention of all cells, then an MLP, each followed by LayerNorm"""
+    """Deformable self-attention of all cells (B, N, C), then an MLP, each followed by LayerNorm"""
+
     def __init__(self, width, levels, heads, points, hidden):
         super().__init__()
         self.self_attn = DeformableAttention(width, levels, heads, points)
@@ -148,13 +151,13 @@ class EncoderLayer(nn.Module):
         self.mlp = MLP(width, hidden, width)
 
     def forward(self, x, positions, references, grid):
-        """x (B, N, C), positions (N, C), references (1, N, 1, 2) -> (B, N, C)"""
         x = self.norm1(x + self.self_attn(x + positions, references, x, grid))
         return self.norm2(x + self.mlp(x))
 
 
 class DecoderLayer(nn.Module):
     """Self-attention of the queries, deformable attention to the cells, an MLP, each followed by LayerNorm"""
+
     def __init__(self, width, levels, heads, points, hidden):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
@@ -163,8 +166,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(width, hidden, width)
 
     def forward(self, x, positions, references, memory, grid, mask=None):
-        """x and positions (B, T + Q, C), references (B, T + Q, 4), memory (B, N, C) -> (B, T + Q, C).
-        mask (T + Q, T + Q): True where a query (row) must not see another (column)."""
+        """x, positions (B, T + Q, C), references (B, T + Q, 4), memory (B, N, C), mask: see `Denoising`"""
         q = x + positions
         x = self.norm2(x + self.self_attn(q, q, x, attn_mask=mask, need_weights=False)[0])
         x = self.norm1(x + self.cross_attn(x + positions, references[:, :, None], memory, grid))
@@ -206,9 +208,9 @@ class DeformableAttention(nn.Module):
 
 
 def deformable_attention(value, shapes, locations, weights):
-    """Weighted sum of bilinear reads, 0 outside the image: value (B, N, M, d), cells by level, row, column;
-    shapes: L times (h, w); locations (B, Q, M, L, P, 2), x y in shares of the level; weights (B, Q, M, L P)
-    -> (B, Q, M d). The published code has a CUDA kernel for it."""
+    """Weighted sum of bilinear reads, 0 outside the image, for which the published code has a CUDA kernel:
+    value (B, N, M, d), cells by level, row, column; shapes: L times (h, w); locations (B, Q, M, L, P, 2), x y
+    in shares of the level; weights (B, Q, M, L P) -> (B, Q, M d)"""
     B, Q, M = locations.shape[:3]
     read = []
     for i, level in enumerate(value.split([h * w for h, w in shapes], dim=1)):
@@ -233,20 +235,17 @@ class Denoising(NamedTuple):
 
 def denoising_queries(targets, queries, classes, number=100, label_noise=0.5, box_noise=0.4,
                       lambda1=1.0, lambda2=2.0, draws=None):
-    """Noisy copies of the lesions, in number // S groups, at least one -> Denoising. Each edge moves in or
-    out by u * box_noise half sides; u is uniform in 0 … lambda1 for positive copies, in lambda1 … lambda2 for
-    negative ones. (The papers print no lambdas. 1 and 2 are the published code's; it takes a `number` below
-    50 for half the groups.) With probability label_noise / 2 a label is drawn anew. No group sees another,
-    and the Q matching queries see none, or they could copy the solution. draws, for tests: the random numbers
-    of the n = 2 groups * all lesions copies."""
+    """Noisy copies of the lesions, n in all, in number // S groups, at least one -> Denoising. Each edge
+    moves in or out by u * box_noise half sides; u is uniform in 0 … lambda1 for positive copies, in lambda1 …
+    lambda2 for negative ones. With probability label_noise / 2 a label is drawn anew. No group sees another,
+    and the Q matching queries see none, or they could copy the solution. The papers print no lambdas; the
+    published code has 1 and 2, and 2 * number groups below 50. draws: the random numbers, for tests."""
     counts = [len(target['labels']) for target in targets]
-    S, lesions, device = max(counts), sum(counts), targets[0]['boxes'].device
+    S, device = max(counts), targets[0]['boxes'].device
     groups = max(1, number // S) if S else 1
     labels = torch.cat([target['labels'] for target in targets]).repeat(2 * groups)     # (n,)
     boxes = torch.cat([target['boxes'] for target in targets]).repeat(2 * groups, 1)    # (n, 4)
-    if lesions and not (boxes.min() >= 0 and boxes.max() <= 1):
-        raise ValueError(f'boxes from {boxes.min():.3g} to {boxes.max():.3g}; give shares, 0 … 1')
-    part = torch.arange(2 * groups, device=device).repeat_interleave(lesions)   # (n,), even: positive
+    part = torch.arange(2 * groups, device=device).repeat_interleave(sum(counts))       # even: positive
     anew = (draws[0] if draws else torch.rand(len(labels), device=device)) < label_noise / 2
     labels[anew] = draws[1] if draws else torch.randint(classes, (int(anew.sum()),), device=device)
     sign = 2 * (draws[2] if draws else torch.randint(2, boxes.shape, device=device).float()) - 1
@@ -287,16 +286,17 @@ def match(logits, boxes, targets):
     of a pair is 2 (rise of the focal loss if the query names the class) + 5 L1 - 2 GIoU."""
     labels, true = (nn.utils.rnn.pad_sequence([t[name] for t in targets], batch_first=True)
                     for name in ('labels', 'boxes'))                                    # (B, S), (B, S, 4)
-    rise = focal(logits, 1) - focal(logits, 0)                                          # (B, Q, K)
-    overlap = generalized_iou(corners(boxes)[:, :, None], corners(true)[:, None])       # (B, Q, S)
-    cost = COSTS[0] * rise.take_along_dim(labels[:, None], dim=2) \
-        + COSTS[1] * torch.cdist(boxes, true, p=1) - COSTS[2] * overlap
-    cost = cost.cpu()                       # one copy there, for the Hungarian method, and one back
+    rise = (focal(logits, 1) - focal(logits, 0)).take_along_dim(labels[:, None], dim=2)     # (B, Q, S)
+    distance = torch.cdist(boxes, true, p=1)
+    overlap = generalized_iou(corners(boxes)[:, :, None], corners(true)[:, None])
+    # One copy to the CPU, for the Hungarian method, and one back
+    cost = (COSTS[0] * rise + COSTS[1] * distance - COSTS[2] * overlap).cpu()
     if not cost.isfinite().all():
         raise FloatingPointError('boxes or logits are not finite; is the learning rate too high?')
-    pairs = [linear_sum_assignment(c[:, :len(t['labels'])]) for c, t in zip(cost, targets)]
-    index = torch.cat([torch.stack([*map(torch.from_numpy, pair)]) for pair in pairs], dim=1)
-    return [tuple(pair) for pair in index.to(boxes.device).split([len(q) for q, _ in pairs], dim=1)]
+    counts = [len(target['labels']) for target in targets]
+    pairs = [np.stack(linear_sum_assignment(c[:, :n])) for c, n in zip(cost, counts)]
+    found = torch.from_numpy(np.concatenate(pairs, axis=1)).to(boxes.device)
+    return found.split([pair.shape[1] for pair in pairs], dim=1)
 
 
 def set_loss(logits, boxes, targets, pairs):
@@ -366,8 +366,6 @@ class Grid(NamedTuple):
         size = torch.tensor([(w, h) for h, w in shapes], device=device)
         first, step = 0.5 / size, 1 / size
         if centres is not None:
-            if len(centres) != len(levels) or any(h != w for h, w in shapes):
-                raise ValueError(f'{len(centres)} centres for levels {shapes}; give square levels')
             first, step = torch.tensor(centres, device=device).T.unsqueeze(-1).expand(-1, -1, 2)
         cells = [torch.cartesian_prod(*(torch.arange(n, device=device) for n in s)) for s in shapes]
         level = torch.cat([torch.full_like(cell[:, 0], i) for i, cell in enumerate(cells)])
@@ -411,10 +409,12 @@ def generalized_iou(a, b):
 
 
 if __name__ == '__main__':
+    if {'-h', '--help'} & {*sys.argv}:
+        sys.exit(print(__doc__))
     torch.manual_seed(0)
     head, levels = DinoDetr(), [torch.randn(1, 256, n, n) for n in (74, 37, 18, 9)]
     targets = [dict(labels=torch.tensor([0]), boxes=torch.tensor([[0.4, 0.6, 0.1, 0.1]]))]
     outputs = head(levels, targets)
+    print(f'Untrained, random levels, one lesion: ATD(1) {atd(outputs, targets, 1):.3f}, losses')
     for name, parts in losses(outputs, targets).items():
-        print('{:12s} focal {:.2f}   L1 {:.2f}   1 - GIoU {:.2f}'.format(name, *parts))
-    print(f'ATD(1) {atd(outputs, targets, 1):.3f}')
+        print('  {:12s} focal {:.2f}   L1 {:.2f}   1 - GIoU {:.2f}'.format(name, *parts))

@@ -64,8 +64,6 @@ def f1(y, yhat, classes, average='macro'):
     tp, true, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
     each, cases = 2 * tp / np.maximum(true + predicted, 1), max(true.sum(), 1)
     averages = dict(macro=each.mean(), weighted=(each * true).sum() / cases, micro=tp.sum() / cases)
-    if average not in averages:
-        raise ValueError(f"average {average!r}: expected {', '.join(averages)}")
     return float(averages[average])
 
 
@@ -104,17 +102,11 @@ def effective_rank(x):
 
 
 def in_year(y, mask):
-    """Which exams take part in the AUROC of each year, bool (n, T), as in DBT-DINO's code. Positives have
-    cancer by that year, negatives have none in any of the T years, and both are observed in that year.
+    """Which exams take part in the AUROC of each year, bool (n, T), as in DBT-DINO's code (6.2.2). Positives
+    have cancer by that year, negatives have none in any of the T years, and both are observed in that year.
     y (n, T): 1 for cancer by then; mask (n, T): 1 where observed."""
     y = np.asarray(y) > 0
     return (np.asarray(mask) > 0) & (y | ~y.any(1, keepdims=True))
-
-
-def yearly_auc(y, mask, p):
-    """AUROC of each year (T,) under censoring (DBT-DINO 6.2.2). Arguments as in `in_year`, risks p (n, T)."""
-    y, p, use = np.asarray(y) > 0, np.asarray(p), in_year(y, mask)
-    return np.array([auc(y[use[:, t], t], p[use[:, t], t]) for t in range(y.shape[1])])
 
 
 # ---- intervals and tests (DBT-DINO 2.5) -----------------------------------------------------------
@@ -132,21 +124,24 @@ def resample(metric, arrays, groups, rng, n=1000):
 
 
 def bootstrap(metric, arrays, groups, rng, n=1000):
-    """95 % percentile interval (low, high) over patients. Draws on which the metric is NaN are left out."""
-    values = resample(metric, arrays, groups, rng, n)
+    """95 % interval (low, high) over patients, `interval` of `resample`."""
+    return interval(resample(metric, arrays, groups, rng, n))
+
+
+def interval(values):
+    """The percentiles 2.5 and 97.5 of the values on bootstrap draws. Those that are NaN are left out."""
+    values = np.asarray(values)
     values = values[~np.isnan(values)]
-    return tuple(np.percentile(values, [2.5, 97.5])) if len(values) else (np.nan, np.nan)
+    return tuple(np.percentile(values, [2.5, 97.5])) if len(values) else (math.nan, math.nan)
 
 
 def delong(y, s1, s2):
     """DeLong's test of two models on the same cases -> (auc1, auc2, p), two-sided (Sun and Xu 2014). Cases
-    must be independent; where a patient has several, use the bootstrap over patients. p is 1 if both scores
-    order the cases alike, NaN with fewer than two cases of a class."""
+    must be independent; where a patient has several, use the bootstrap over patients. p is NaN with fewer
+    than two cases of a class, and 1 if both scores order the cases alike."""
     area1, area2 = auc(y, s1), auc(y, s2)
     y, scores = np.asarray(y) > 0, np.asarray((s1, s2), float)                          # (n,), (2, n)
     positives, negatives, ranks = y.sum(), (~y).sum(), stats.rankdata(scores, axis=1)
-    if np.array_equal(ranks[0], ranks[1]) and positives and negatives:
-        return area1, area2, 1.0
     if min(positives, negatives) < 2:                       # a single case has no variance
         return area1, area2, math.nan
 
@@ -187,10 +182,10 @@ def benjamini_hochberg(p):
 class Matched:
     """Predictions, matched to lesions once for all curves and bootstrap draws. A draw is a weight (V + 1,):
     how often each volume counts; its last entry, index -1, is for predictions in volumes that are not listed.
-    Rows start with an id; number {id: 0 ... V - 1}. Raises ValueError for a score that is not finite."""
+    Rows start with an id, names are those of the V volumes. ValueError for a score that is not finite."""
 
-    def __init__(self, number, truth, predictions, lesion):
-        self.volumes = max(number.values(), default=-1) + 1                             # V
+    def __init__(self, names, truth, predictions, lesion):
+        number, self.volumes = {name: v for v, name in enumerate(names)}, len(names)
         self.score = np.array([row[-1] for row in predictions], float)                  # (P,)
         self.lesion = np.array(lesion, int)                 # (P,) the lesion it hits, -1 for none
         self.volume = np.array([number.get(row[0], -1) for row in predictions], int)    # (P,)
@@ -205,10 +200,9 @@ class Matched:
         """Weight 1 for every volume and for predictions in unlisted ones, which are false positives."""
         return np.ones(self.volumes + 1)
 
-    def ill(self, weight=None):
-        """`weight` (default: 1) for volumes with a lesion, 0 for the others and for unlisted ones."""
-        with_lesion = np.bincount(self.home, minlength=self.volumes + 1) > 0
-        return with_lesion * (self.each() if weight is None else weight)
+    def ill(self, weight):
+        """`weight` for volumes with a lesion, 0 for the others and for unlisted ones."""
+        return weight * (np.bincount(self.home, minlength=self.volumes + 1) > 0)
 
 
 def matched(volumes, truth, predictions, min_distance=100):
@@ -219,11 +213,10 @@ def matched(volumes, truth, predictions, min_distance=100):
     at most max(half the lesion's diagonal, min_distance) in the plane and a quarter of the slices along z;
     the challenge's page says "less than", its code "at most". ValueError for a lesion in no listed volume.
     """
-    number = {row[0]: v for v, row in enumerate(volumes)}
     slices = {row[0]: row[-1] for row in volumes}
     lesions, hit = defaultdict(list), []
     for g, row in enumerate(truth):
-        if row[0] not in number:
+        if row[0] not in slices:
             raise ValueError(f'a lesion lies in {row[0]}, which is not among the volumes; list it')
         lesions[row[0]].append((g, *row[1:]))
     for name, x, y, w, h, *extent, _ in predictions:        # extent: z and depth
@@ -236,7 +229,7 @@ def matched(volumes, truth, predictions, min_distance=100):
             if reached and math.hypot(dx, dy, dz) < least:
                 nearest, least = g, math.hypot(dx, dy, dz)
         hit.append(nearest)
-    return Matched(number, truth, predictions, hit)
+    return Matched([row[0] for row in volumes], truth, predictions, hit)
 
 
 def curve(m, weight, every=False):
@@ -255,9 +248,7 @@ def curve(m, weight, every=False):
         total = np.append(0, np.cumsum(weights[order]))
         return total[-1] - total[np.searchsorted(values[order], thresholds)]
 
-    volumes, lesions = weight[:-1].sum(), weight[m.home].sum()
-    if not volumes or not lesions:
-        return thresholds, np.full(len(thresholds), np.nan), np.full(len(thresholds), np.nan)
+    volumes, lesions = weight[:-1].sum() or math.nan, weight[m.home].sum() or math.nan
     false_positives, found = above(score[false], count[false]), above(m.best, weight[m.home])
     return thresholds, false_positives / volumes, found / lesions
 
@@ -272,15 +263,11 @@ def froc(volumes, truth, predictions, min_distance=100):
     """The numbers of the DBTex challenge, named as by its evaluator: sensitivity at 1, 2, 3 and 4 false
     positives per volume with a lesion, their mean, which decides the ranking, and sensitivity at 2 over all
     volumes. Rows as in `matched`. Without predictions all are 0, without lesions NaN."""
-    return challenge(matched(volumes, truth, predictions, min_distance))
-
-
-def challenge(m):
-    """`froc` of what is already matched."""
-    at = sensitivity(m, [1, 2, 3, 4], m.ill())
-    found = {f'sensitivity_at_{k}_fps_positive': float(v) for k, v in zip((1, 2, 3, 4), at)}
-    return found | dict(mean_sensitivity_positive=float(at.mean()),
-                        sensitivity_at_2_fps_all=float(sensitivity(m, 2, m.each())))
+    m = matched(volumes, truth, predictions, min_distance)
+    found = sensitivity(m, [1, 2, 3, 4], m.ill(m.each()))
+    return {**{f'sensitivity_at_{k}_fps_positive': float(v) for k, v in enumerate(found, 1)},
+            'mean_sensitivity_positive': float(found.mean()),
+            'sensitivity_at_2_fps_all': float(sensitivity(m, 2, m.each()))}
 
 
 def fauc(images, truth, predictions, min_distance=100, x=1.0):
@@ -307,10 +294,10 @@ def caught(m, rate, weight):
 
 # ---- lesions by overlap (IHRRB-DINO 3) ------------------------------------------------------------
 
-def overlapping(truth, predictions, threshold, number):
+def overlapping(names, truth, predictions, threshold):
     """COCO's rule -> Matched, the predictions by falling score, at most 100 of an image. Each takes the free
     lesion that it overlaps most, if their IoU is at least `threshold`; then this lesion is no longer free.
-    Rows as in `fauc`; number {id: 0 ... V - 1} of the images."""
+    Rows as in `fauc`; names: the ids of the images."""
     free, count, kept, hit = defaultdict(dict), defaultdict(int), [], []
     for g, row in enumerate(truth):
         free[row[0]][g] = row[1:5]
@@ -323,16 +310,15 @@ def overlapping(truth, predictions, threshold, number):
             hit.append(best if iou.get(best, -1) >= threshold else -1)
             lesions.pop(hit[-1], None)
             kept.append(row)
-    return Matched(number, truth, kept, hit)
+    return Matched(names, truth, kept, hit)
 
 
 def box_iou(a, b):
     """Intersection over union of two boxes, 0 where both are empty."""
-    (ax0, ay0, aw, ah), (bx0, by0, bw, bh) = a, b
-    ax1, ay1, bx1, by1 = ax0 + aw, ay0 + ah, bx0 + bw, by0 + bh
-    common = max(min(ax1, bx1) - max(ax0, bx0), 0) * max(min(ay1, by1) - max(ay0, by0), 0)
-    union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - common
-    return common / max(union, 1e-12)
+    (ax, ay, aw, ah), (bx, by, bw, bh) = a, b
+    width = max(min(ax + aw, bx + bw) - max(ax, bx), 0)
+    height = max(min(ay + ah, by + bh) - max(ay, by), 0)
+    return width * height / max(aw * ah + bw * bh - width * height, 1e-12)
 
 
 def precision_area(m, weight):
@@ -348,9 +334,9 @@ def precision_area(m, weight):
 
 def average_precision(truth, predictions, iou):
     """AP at this IoU. truth [id, x, y, w, h], predictions [id, x, y, w, h, score]; NaN without a lesion."""
-    names = dict.fromkeys(row[0] for row in (*truth, *predictions))
-    number = {name: v for v, name in enumerate(names)}
-    return precision_area(overlapping(truth, predictions, iou, number), np.ones(len(number) + 1))
+    names = {row[0] for row in (*truth, *predictions)}
+    m = overlapping(names, truth, predictions, iou)
+    return precision_area(m, m.each())
 
 
 def localised(m, weight):

@@ -2,13 +2,13 @@
 
     levels = Pyramid(768, 256)(tokens)                  # (B, N, D) -> four maps (B, C, h, w), P3 to P6
     logits, deltas = RetinaNet(256)(levels)             # (B, A) and (B, A, 4), in the order of anchors(518)
-    boxes, scores = boxes_of(logits[0], deltas[0], anchors(518), size=518)      # (n, 4), (n,), best first
+    boxes, scores = boxes_of(logits[0], deltas[0], anchors(518), 518, iou=0.1, top=50)  # (n, 4), (n,)
 
 Every cell of every level has nine anchors, boxes of fixed shapes. For each anchor the network predicts the
 logit of a lesion there, and four deltas that move the anchor onto it. Images are S x S pixels.
 
-B images, N = (S / 14)^2 patch tokens, D width, C channels, h w cells of a level, A anchors, P positive
-anchors, G lesions of an image, n boxes. Boxes are x0 y0 x1 y1 in pixels of the S x S image.
+B images, N = (S / 14)^2 patch tokens, D width, C channels, h w cells of a level, A anchors, P positive ones,
+G lesions of an image, n boxes: x0 y0 x1 y1 in pixels of the S x S image. `priors` are boxes of `anchors`.
 Copy this file alone; it imports nothing of this repository.
 
     $ python retinanet.py               # the levels, and how well the anchors cover lesions of each size
@@ -54,22 +54,22 @@ def anchors(size):
     return torch.cat(levels).float()
 
 
-def encode(boxes, anchors):
-    """Boxes (n, 4), one for each of the anchors (n, 4) -> deltas dx dy dw dh (n, 4), where with centres x
-    dx = (x_box - x_anchor) / w_anchor and dw = log(w_box / w_anchor), and likewise for y and the height h."""
+def encode(boxes, priors):
+    """Boxes (n, 4), and for each its anchor, `priors` (n, 4) -> deltas dx dy dw dh (n, 4): with centres x,
+    dx = (x_box - x_prior) / w_prior and dw = log(w_box / w_prior); likewise for y and the height h."""
     side = boxes[:, 2:] - boxes[:, :2]                                                  # (n, 2)
-    anchor_side = anchors[:, 2:] - anchors[:, :2]
-    shift = (boxes[:, 2:] + boxes[:, :2] - anchors[:, 2:] - anchors[:, :2]) / 2
-    return torch.cat([shift / anchor_side, torch.log(side / anchor_side)], dim=1)
+    prior_side = priors[:, 2:] - priors[:, :2]
+    shift = (boxes[:, 2:] + boxes[:, :2] - priors[:, 2:] - priors[:, :2]) / 2
+    return torch.cat([shift / prior_side, torch.log(side / prior_side)], dim=1)
 
 
-def decode(deltas, anchors):
-    """The inverse of `encode`, in fp32: deltas (n, 4), anchors (n, 4) -> boxes (n, 4). No side is more than
-    1000 / 16 times its anchor's, as in torchvision, so that exp cannot overflow."""
-    deltas, anchors = deltas.float(), anchors.float()
-    anchor_side = anchors[:, 2:] - anchors[:, :2]                                       # (n, 2)
-    centre = (anchors[:, 2:] + anchors[:, :2]) / 2 + deltas[:, :2] * anchor_side
-    half = anchor_side * deltas[:, 2:].clamp(max=math.log(1000 / 16)).exp() / 2
+def decode(deltas, priors):
+    """The inverse of `encode`, in fp32: deltas (n, 4), priors (n, 4) -> boxes (n, 4). No side is more than
+    1000 / 16 times that of its anchor, as in torchvision, so that exp cannot overflow."""
+    deltas, priors = deltas.float(), priors.float()
+    prior_side = priors[:, 2:] - priors[:, :2]                                          # (n, 2)
+    centre = (priors[:, 2:] + priors[:, :2]) / 2 + deltas[:, :2] * prior_side
+    half = prior_side * deltas[:, 2:].clamp(max=math.log(1000 / 16)).exp() / 2
     return torch.cat([centre - half, centre + half], dim=1)
 
 
@@ -93,22 +93,21 @@ def pairwise_iou(a, b):
     return common / (area(a)[:, None] + area(b)[None] - common).clamp_min(1e-12)
 
 
-def match(boxes, anchors, high=0.5, low=0.4):
-    """The lesion that each anchor has to find: boxes (G, 4), anchors (A, 4) -> int64 (A,).
+def match(boxes, priors, high=0.5, low=0.4):
+    """The lesion that each anchor has to find: boxes (G, 4), priors (A, 4) -> int64 (A,).
 
     An anchor gets the number of the box with which its IoU is largest, if that is `high` or more. Below `low`
     it is background, -1, and in between it is ignored, -2 (Lin 2017, 4). The anchors that fit a box best are
-    positive at any IoU, or small lesions would have none; DBT-DINO's code leaves this out.
-    """
+    positive at any IoU, or small lesions would have none; DBT-DINO's code leaves this out."""
     if not len(boxes):
-        return torch.full((len(anchors),), -1, device=anchors.device)
-    iou = pairwise_iou(boxes, anchors)                                                  # (G, A)
-    best, lesion = iou.max(dim=0)                                                       # (A,), (A,)
-    matched = torch.where(best >= high, lesion, torch.where(best < low, -1, -2))
-    most = iou.max(dim=1, keepdim=True).values                                          # (G, 1)
-    # Without `most > 0`, a box outside the image would make every anchor positive: all tie at 0.
-    closest = ((iou == most) & (most > 0)).any(dim=0)                                   # (A,)
-    return torch.where(closest, lesion, matched)
+        return torch.full((len(priors),), -1, device=priors.device)
+    iou = pairwise_iou(boxes, priors)                                                   # (G, A)
+    of_anchor, lesion = iou.max(dim=0)                      # the largest of each anchor, with which box
+    matched = torch.where(of_anchor >= high, lesion, torch.where(of_anchor < low, -1, -2))
+    of_box = iou.amax(dim=1, keepdim=True)                  # the largest of each box, (G, 1)
+    # Without `of_box > 0`, a box outside the image would make every anchor positive: all tie at 0.
+    fits_best = ((iou == of_box) & (of_box > 0)).any(dim=0)                             # (A,)
+    return torch.where(fits_best, lesion, matched)
 
 
 def nms(boxes, scores, iou=0.5, top=None):
@@ -116,9 +115,9 @@ def nms(boxes, scores, iou=0.5, top=None):
     `top`. Each box that is kept removes those of lower score that overlap it by more than `iou`."""
     order, kept = torch.sort(scores, descending=True, stable=True).indices, []
     while len(order) and len(kept) != top:
-        best, others = order[:1], order[1:]
-        kept.append(best)
-        order = others[pairwise_iou(boxes[best], boxes[others])[0] <= iou]
+        first, others = order[:1], order[1:]
+        kept.append(first)
+        order = others[pairwise_iou(boxes[first], boxes[others])[0] <= iou]
     return torch.cat(kept) if kept else order
 
 
@@ -171,8 +170,8 @@ class Tower(nn.Module):
 
 
 class RetinaNet(nn.Module):
-    """The head, one for all levels (B, C, h, w) of `Pyramid` -> logits (B, A) and deltas (B, A, 4), in fp32
-    and in the order of `anchors`. `channels` is a multiple of 32, the groups of GroupNorm."""
+    """The head alone, one for all levels (B, C, h, w) of `Pyramid` -> logits (B, A) and deltas (B, A, 4), in
+    fp32 and in the order of `anchors`. `channels` is a multiple of 32, the groups of GroupNorm."""
 
     def __init__(self, channels=256, dropout=0.1):
         super().__init__()
@@ -207,27 +206,27 @@ def focal_loss(logits, targets, alpha=0.25, gamma=2.0):
     return (alpha_t * (1 - p_t) ** gamma * cross_entropy).sum()
 
 
-def losses(logits, deltas, batch, anchors, alpha=0.25, gamma=2.0):
+def losses(logits, deltas, batch, priors, alpha=0.25, gamma=2.0):
     """Focal loss of all anchors but the ignored, smooth L1 of the positive ones (6.2.3) -> two sums, () each,
     to be divided by the positive anchors of the whole batch. No label smoothing, weights 1:1 (6.2.3 tunes
     both); it gives no beta, 0.1 is detectron2's.
 
-    logits (B, A), deltas (B, A, 4), anchors (A, 4), batch['match'] (B, A): `match` of each image,
+    logits (B, A), deltas (B, A, 4), priors (A, 4), batch['match'] (B, A): `match` of each image,
     batch['boxes']: a list of B tensors (G, 4)."""
     matched = batch['match'].to(logits.device)                                          # (B, A)
     counted = matched != -2
     focal = focal_loss(logits[counted], matched[counted] >= 0, alpha, gamma)
     boxes = pad_sequence(batch['boxes'], batch_first=True).to(logits.device)            # (B, most G, 4)
     image, anchor = torch.where(matched >= 0)                                           # (P,), (P,)
-    wanted = encode(boxes[image, matched[image, anchor]], anchors[anchor])              # (P, 4)
+    wanted = encode(boxes[image, matched[image, anchor]], priors[anchor])               # (P, 4)
     box = F.smooth_l1_loss(deltas[image, anchor].float(), wanted, beta=0.1, reduction='sum')
     return focal, box
 
 
-def boxes_of(logits, deltas, anchors, size, iou=0.1, top=50, per_level=500):
+def boxes_of(logits, deltas, priors, size, iou, top, per_level=500):
     """Boxes (n, 4) of one image, clipped to it, and scores (n,), best first, n <= top, on the CPU.
 
-    logits (A,), deltas (A, 4), anchors (A, 4), on one device: the best `per_level` of each level are decoded,
+    logits (A,), deltas (A, 4), priors (A, 4), on one device: the best `per_level` of each level are decoded,
     then `nms` over all levels. There is no threshold, as FROC also counts boxes of low score."""
     scores = logits.float().sigmoid()                                                   # (A,)
     kept, start = [], 0
@@ -235,7 +234,7 @@ def boxes_of(logits, deltas, anchors, size, iou=0.1, top=50, per_level=500):
         kept.append(start + level.topk(min(per_level, len(level))).indices)
         start += len(level)
     kept = torch.cat(kept)                                                              # (n,)
-    boxes = decode(deltas[kept], anchors[kept]).clamp(0, size)                          # (n, 4)
+    boxes = decode(deltas[kept], priors[kept]).clamp(0, size)                           # (n, 4)
     # One copy to the CPU, of these alone: the loop of `nms` would make a GPU wait at every box.
     rows = torch.cat([boxes, scores[kept, None]], dim=1).cpu()                          # (n, 5)
     rows = rows[(rows[:, 2:4] > rows[:, :2]).all(dim=1)]            # without boxes outside the image
@@ -247,15 +246,15 @@ if __name__ == '__main__':
     if {'-h', '--help'} & {*sys.argv}:
         sys.exit(print(__doc__))
     torch.manual_seed(0)
-    every = anchors(518)
-    print(f'{len(every):,} anchors of a 518 x 518 image')
+    priors = anchors(518)
+    print(f'{len(priors):,} anchors of a 518 x 518 image')
     for (name, (stride, first, base)), cells in zip(LEVELS.items(), grids(518)):
-        print(f'  {name}: {cells} x {cells} cells, centres at {first:g} + {stride} j, '
-              f'sides of squares {", ".join(f"{base * scale:.0f}" for scale in SCALES)}')
-    print('100 random square lesions: share with an IoU of 0.5 or more, positive anchors of each')
+        sides = ', '.join(f'{base * scale:.0f}' for scale in SCALES)
+        print(f'  {name}: {cells}x{cells} cells, centres at {first:g} + {stride} j, sides {sides}')
+    print('100 random squares: share with an IoU of 0.5 or more, positive anchors of each')
     for side in (8, 12, 16, 32, 64, 128, 256):
         corner = torch.rand(100, 2) * (518 - side)
         boxes = torch.cat([corner, corner + side], dim=1)                               # (100, 4)
-        covered = (pairwise_iou(boxes, every).amax(1) >= 0.5).float().mean()
-        positive = sum((match(box[None], every) >= 0).sum() for box in boxes) / len(boxes)
+        covered = (pairwise_iou(boxes, priors).amax(1) >= 0.5).float().mean()
+        positive = sum((match(box[None], priors) >= 0).sum() for box in boxes) / 100
         print(f'  {side:3d} pixels: {covered:4.0%}, {positive:4.1f}')

@@ -14,8 +14,7 @@ import csv
 import itertools
 import json
 import math
-import os
-import warnings
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -38,27 +37,22 @@ def print_table(title, rows):
     """rows: {label: {column: (value, low, high)}}, all with the same columns."""
     columns = list(next(iter(rows.values())))
     print(f'\n{title}\n{"":38}' + ''.join(f'{name:>22}' for name in columns))
-    for label, cells in rows.items():
-        print(f'  {label:36.36}' + ''.join(f'{cell(cells[name]):>22}' for name in columns))
+    for label, row in rows.items():
+        cells = ''.join(f'{interval_text(row[name]):>22}' for name in columns)
+        print(f'  {label:36.36}{cells}')
 
 
-def cell(values, sign=''):
-    """(.812, .774, .85) -> '.812 [.774, .850]'"""
+def interval_text(values, sign=''):
+    """(.812, .774, .85) -> '.812 [.774, .850]'; with the sign '+', '+.038 [.000, +.077]': a zero has none."""
     value, low, high = (f'{v:{sign}.3f}'.replace('0.', '.') if v == v else '-' for v in values)
-    return f'{value} [{low}, {high}]'
+    return re.sub(r'[+-](?=\.000)', '', f'{value} [{low}, {high}]')
 
 
 def write_json(path, values):
-    """JSON has no NaN, so that becomes null; arrays become lists, keys text."""
-    def plain(value):
-        if isinstance(value, dict):
-            return {str(key): plain(v) for key, v in value.items()}
-        if isinstance(value, (list, tuple, np.ndarray)):
-            return [plain(v) for v in value]
-        value = value.item() if isinstance(value, np.generic) else value
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    Path(path).write_text(json.dumps(plain(values), indent=1, allow_nan=False))
+    """Arrays become lists; NaN, which JSON does not have, becomes null."""
+    text = json.dumps(values, default=lambda array: array.tolist())
+    values = json.loads(text, parse_constant=lambda nan: None)
+    Path(path).write_text(json.dumps(values, indent=1))
 
 
 def write_csv(path, header, rows):
@@ -74,12 +68,16 @@ class Result:
     run: dict                   # run.json: task, classes, dataset, level, encoder, ...
     encoder: str                # 'random init', 'DINOv2' or 'pretrained'
     share: float                # of the training patients
-    units: list                 # n names
+    units: np.ndarray           # (n,) names
     patients: np.ndarray        # (n,)
     groups: np.ndarray          # (n,) value of the subgroup column
     y: np.ndarray               # (n,) class; risk: (n, T) 1 cancer by then, 0 none, -1 not observed
     p: np.ndarray               # (n, C) probabilities; risk: (n, T) risk within each year
     guess: np.ndarray           # (n,) class; risk: zeros
+
+    @property
+    def name(self):
+        return self.encoder + f', {self.share:.0%}' * (self.share < 1)
 
     def arrays(self, use=slice(None)):
         return self.y[use], self.p[use], self.guess[use]
@@ -87,21 +85,21 @@ class Result:
 
 def read_run(folder):
     """A run of finetune.py -> its Results, the main encoder on all training patients last."""
-    run = json.loads((Path(folder) / 'run.json').read_text())
-    classes, risk, lines = run['classes'], run['task'] == 'risk', defaultdict(list)
+    run = json.loads((Path(folder) / 'run.json').read_text()) | dict(folder=str(folder))
+    classes, lines, results = run['classes'], defaultdict(list), []
     for line in table(Path(folder) / 'predictions.csv', 'encoder', 'share', 'unit'):
         lines[line['encoder'], float(line['share'])].append(line)
-
-    def target(line):
-        return [int(v) for v in line['target'].split()] if risk else classes.index(line['target'])
-
-    return [Result(run | dict(folder=str(folder)), encoder, share, [line['unit'] for line in of],
-                   np.array([line['patient'] for line in of]),
-                   np.array([line['group'] for line in of]),
-                   np.array([target(line) for line in of]),
-                   np.array([[float(line[f'p_{name}']) for name in classes] for line in of]),
-                   np.array([0 if risk else classes.index(line['predicted']) for line in of]))
-            for (encoder, share), of in lines.items()]
+    for (encoder, share), of in lines.items():
+        column = {name: np.array([line[name] for line in of]) for name in of[0]}
+        p = np.stack([column[f'p_{name}'] for name in classes], axis=1).astype(float)
+        if run['task'] == 'risk':
+            y, guess = np.array([text.split() for text in column['target']], int), np.zeros(len(of))
+        else:
+            y, guess = (np.array([classes.index(text) for text in column[name]])
+                        for name in ('target', 'predicted'))
+        results.append(Result(run, encoder, share, column['unit'], column['patient'],
+                              column['group'], y, p, guess))
+    return results
 
 
 def questions(run, y):
@@ -132,7 +130,7 @@ def measures(run):
         weight, there = cancers if weighted else np.ones(C), ~np.isnan(found)
         return np.average(found[there], weights=weight[there]) if there.any() else math.nan
 
-    def share(hits):
+    def mean(hits):
         return hits.mean() if len(hits) else math.nan
 
     if task == 'risk':                                      # plain, and by the cancers of each year (6.2.2)
@@ -141,8 +139,8 @@ def measures(run):
                 'weighted AUROC': lambda y, p, _: mean_area(y, p, True), **years}
     if task in BINARY:
         return {'AUC': lambda y, p, guess: areas(y, p)[0],
-                'sensitivity': lambda y, p, guess: share(guess[y == 1] == 1),
-                'specificity': lambda y, p, guess: share(guess[y == 0] == 0)}
+                'sensitivity': lambda y, p, guess: mean(guess[y == 1] == 1),
+                'specificity': lambda y, p, guess: mean(guess[y == 0] == 0)}
     found = {'accuracy': lambda y, p, guess: (guess == y).mean(),
              'macro F1': lambda y, p, guess: metrics.f1(y, guess, C),
              'macro AUC': lambda y, p, guess: areas(y, p).mean()}
@@ -154,18 +152,71 @@ def measures(run):
     return found
 
 
+def heads(folders, out, draws=1000, seed=0):
+    """Runs of finetune.py -> tables, scores.json, roc.png, confusion.png; fraction.png of a run with several
+    shares of the training set; radar.png of three tasks or more."""
+    runs = {str(folder): read_run(folder) for folder in folders}
+    tables = {folder: head_tables(results, draws, seed) for folder, results in runs.items()}
+    differences = {name: versus(a, b, draws, seed) for name, (a, b) in comparisons(runs).items()}
+    adjust(differences)
+    for name, v in differences.items():
+        parts = [f"{name}: {interval_text(v['difference'], '+')}"]
+        parts += [f"{test} p = {p:.3g}, adjusted {v['adjusted'][test]:.3g}"
+                  for test, p in v['tests'].items()]
+        parts += [f'{test} p = {p:.3g} if units were independent' for test, p in v['naive'].items()]
+        print('; '.join(parts))
+    scores = dict(runs=tables, differences=differences, draws=draws, seed=seed)
+    write_json(out / 'scores.json', scores)
+    head_pictures(runs, tables, out)
+
+
+def head_tables(results, draws, seed):
+    """Prints a run's table and that of its subgroups -> {row: {metric: (value, low, high)}}"""
+    main, run = results[-1], results[-1].run
+
+    def measured(result, use=slice(None)):
+        return {name: estimate(metric, result.arrays(use), result.patients[use], draws, seed)[0]
+                for name, metric in measures(run).items()}
+
+    cases = ', '.join(f'{name} {truth.sum()} of {len(truth)}'
+                      for name, (_, truth, _) in questions(run, main.y).items())
+    print(f"\n{run['folder']}: {run['task']} of {run['dataset']}, {run['head']} head, "
+          f"encoder {run['encoder']}")
+    rows = {result.name: measured(result) for result in results}
+    patients = len(set(main.patients))
+    print_table(f"test: {len(main.y)} {run['level']}s of {patients} patients ({cases})", rows)
+    if any(main.groups):
+        members = {value: main.groups == value for value in sorted(set(main.groups))}
+        subgroups = {f'{value}, n = {use.sum()}': measured(main, use)
+                     for value, use in members.items()}
+        print_table(f"by {run['subgroup']}, {main.encoder}", subgroups)
+        rows |= subgroups
+    return rows
+
+
 def estimate(metric, arrays, patients, draws, seed):
-    """-> (value, low, high), and the values on those bootstrap draws on which the metric is defined."""
+    """-> (value, low, high), and the values on the bootstrap draws, NaN where the metric is not defined"""
     values = metrics.resample(metric, arrays, patients, np.random.default_rng(seed), draws)
-    values = values[~np.isnan(values)]
-    low, high = np.percentile(values, [2.5, 97.5]) if len(values) else (math.nan, math.nan)
-    return (float(metric(*arrays)), float(low), float(high)), values
+    return (float(metric(*arrays)), *metrics.interval(values)), values
 
 
-def measured(result, use, draws, seed):
-    """{metric: (value, low, high)} over the units `use`."""
-    return {name: estimate(metric, result.arrays(use), result.patients[use], draws, seed)[0]
-            for name, metric in measures(result.run).items()}
+def comparisons(runs):
+    """{name: (a, b)}: the main encoder of each run, b, against every other on the same share of the training
+    set; then the main encoders of any two runs that were tested on the same units."""
+    pairs = {}
+    for folder, results in runs.items():
+        main = results[-1].encoder
+        for a, b in itertools.product(results, results):
+            if a.share == b.share and a.encoder != main and b.encoder == main:
+                pairs[f'{folder}: {main} - {a.name}'] = a, b
+    for first, second in itertools.combinations(runs, 2):
+        a, b = runs[first][-1], runs[second][-1]
+        if all(a.run[key] == b.run[key] for key in ('task', 'dataset', 'classes')):
+            if np.array_equal(a.units, b.units) and np.array_equal(a.y, b.y):
+                pairs[f'{second} - {first}'] = a, b
+            else:
+                print(f'{first} and {second} were tested on different units: no test')
+    return pairs
 
 
 def versus(a, b, draws, seed):
@@ -187,77 +238,19 @@ def versus(a, b, draws, seed):
         tests = {'McNemar': metrics.mcnemar(a.guess == a.y, b.guess == b.y)}
     if len(set(a.patients)) == len(a.y):
         return dict(difference=gap, tests=tests, naive={})
+    values = values[~np.isnan(values)]
     beyond = 1 + min((values <= 0).sum(), (values >= 0).sum())      # two-sided: twice the smaller tail
     p = min(1, 2 * beyond / (1 + len(values))) if len(values) else math.nan
     return dict(difference=gap, tests={'bootstrap by patient': float(p)}, naive=tests)
 
 
-def heads(folders, out, draws=1000, seed=0):
-    """Runs of finetune.py -> tables, scores.json, roc.png, confusion.png; fraction.png of a run with several
-    shares of the training set; radar.png of three tasks or more."""
-    runs = {str(folder): read_run(folder) for folder in folders}
-    told = {folder: head_tables(results, draws, seed) for folder, results in runs.items()}
-    pairs = {f'{folder}: {main.encoder} - {other.encoder}'
-             + f', {other.share:.0%}' * (other.share < 1): (other, main)
-             for folder, results in runs.items() for other, main in against_main(results)}
-    for (a, of_a), (b, of_b) in itertools.combinations(runs.items(), 2):
-        one, two = of_a[-1], of_b[-1]
-        alike = all(one.run[key] == two.run[key] for key in ('task', 'dataset', 'classes'))
-        if alike and one.units == two.units and np.array_equal(one.y, two.y):
-            pairs[f'{b} - {a}'] = one, two
-        elif alike:
-            print(f'{a} and {b} were tested on different units: no test')
-    found = {name: versus(*pair, draws, seed) for name, pair in pairs.items()}
-    adjust(found)
-    for name, v in found.items():
-        print(f'{name}: {difference_text(v)}')
-    write_json(out / 'scores.json', dict(runs=told, differences=found, draws=draws, seed=seed))
-    head_pictures(runs, told, out)
-
-
-def against_main(results):
-    """Pairs (other, main encoder) of the same share of the training set."""
-    main = {r.share: r for r in results if r.encoder == results[-1].encoder}
-    return [(r, main[r.share]) for r in results if r.encoder != results[-1].encoder]
-
-
-def adjust(comparisons):
-    """Adds `adjusted` p values: Benjamini-Hochberg over all tests of all comparisons as one family."""
-    family = [(v, test) for v in comparisons.values() for test, p in v['tests'].items() if p == p]
-    fair = metrics.benjamini_hochberg([v['tests'][test] for v, test in family])
-    for v in comparisons.values():
-        v['adjusted'] = dict.fromkeys(v['tests'], math.nan)
-    for (v, test), p in zip(family, fair):
-        v['adjusted'][test] = float(p)
-
-
-def difference_text(v):
-    """'+.038 [-.002, +.077]; McNemar p = .06, adjusted .12'"""
-    parts = [cell(v['difference'], '+')]
-    parts += [f"{test} p = {p:.3g}, adjusted {v['adjusted'][test]:.3g}"
-              for test, p in v['tests'].items()]
-    parts += [f'{test} p = {p:.3g} if units were independent' for test, p in v['naive'].items()]
-    return '; '.join(parts)
-
-
-def head_tables(results, draws, seed):
-    """Prints a run's table and that of its subgroups -> {row: {metric: (value, low, high)}}"""
-    main = results[-1]
-    run, n, patients = main.run, len(main.y), len(set(main.patients))
-    cases = ', '.join(f'{name} {truth.sum()} of {len(truth)}'
-                      for name, (_, truth, _) in questions(run, main.y).items())
-    print(f"\n{run['folder']}: {run['task']} of {run['dataset']}, {run['head']} head, "
-          f"encoder {run['encoder']}")
-    rows = {r.encoder + f', {r.share:.0%}' * (r.share < 1): measured(r, slice(None), draws, seed)
-            for r in results}
-    print_table(f"test: {n} {run['level']}s of {patients} patients ({cases})", rows)
-    if any(main.groups):
-        members = {value: main.groups == value for value in sorted(set(main.groups))}
-        groups = {f'{value}, n = {use.sum()}': measured(main, use, draws, seed)
-                  for value, use in members.items()}
-        print_table(f"by {run['subgroup']}, {main.encoder}", groups)
-        rows |= groups
-    return rows
+def adjust(differences):
+    """Adds `adjusted` p values: Benjamini-Hochberg over all tests of all differences as one family."""
+    family = {(name, test): p for name, v in differences.items() for test, p in v['tests'].items()
+              if not math.isnan(p)}
+    adjusted = dict(zip(family, metrics.benjamini_hochberg(list(family.values()))))
+    for name, v in differences.items():
+        v['adjusted'] = {test: adjusted.get((name, test), math.nan) for test in v['tests']}
 
 
 # ---- boxes (runs of detect.py, submissions to the DBTex challenge) --------------------------------
@@ -277,31 +270,24 @@ def key_of(line):
 def read_truth(labels, boxes):
     """The challenge's labels and boxes -> volumes [key, slices], truth [key, x, y, w, h, slice], classes.
     A volume of one slice is a mammogram, where depth plays no part: it counts as infinitely many."""
+    listed = dict.fromkeys(key_of(line) for line in table(labels, *KEY))
     slices, truth, classes = {}, [], []
-    for line in table(labels, *KEY):
-        if key_of(line) in slices:
-            raise ValueError(f"{labels}: {'/'.join(key_of(line))} is listed twice; remove one line")
-        slices[key_of(line)] = math.inf
     names = ('X', 'Y', 'Width', 'Height', 'Slice', 'VolumeSlices')
     for line in table(boxes, *KEY, *names, 'Class'):
-        key, (x, y, w, h, z, count) = key_of(line), [number(line, name, boxes) for name in names]
-        if key not in slices:
-            raise ValueError(f"{boxes}: a box in {'/'.join(key)}, which {labels} does not list")
-        if not 0 <= z < count or w <= 0 or h <= 0:
-            raise ValueError(f"{boxes}: a box of {w:g}x{h:g} on slice {z:g} of {count:g} in "
-                             f"{'/'.join(key)}; expected a size, and slices that count from 0")
-        if slices[key] == math.inf:                         # the challenge takes the first row's
-            slices[key] = count if count > 1 else math.inf
-        truth.append((key, x, y, w, h, z))
+        x, y, w, h, z, count = (number(line, name, boxes) for name in names)
+        if min(w, h) <= 0 or not 0 <= z < count:
+            raise ValueError(f'{boxes}, line {line.number}: a box of {w:g}x{h:g} on slice {z:g} of '
+                             f'{count:g}; expected a size, and slices from 0')
+        truth.append((key_of(line), x, y, w, h, z))
         classes.append(line['Class'])
-    return list(slices.items()), truth, np.array(classes)
+        if key_of(line) not in slices:                      # the challenge takes the first row's
+            slices[key_of(line)] = count if count > 1 else math.inf
+    return [(key, slices.get(key, math.inf)) for key in listed], truth, np.array(classes)
 
 
 def read_predictions(path):
-    """The challenge's submission -> rows [key, x, y, w, h, z, depth, score]. An empty file has none."""
-    path = Path(path) / 'predictions.csv' if os.path.isdir(path) else Path(path)
-    if path.is_file() and not path.stat().st_size:
-        return []
+    """The challenge's submission, or a run's -> rows [key, x, y, w, h, z, depth, score]."""
+    path = Path(path) / 'predictions.csv' if Path(path).is_dir() else Path(path)
     names = ('X', 'Y', 'Width', 'Height', 'Z', 'Depth', 'Score')
     return [(key_of(line), *(number(line, name, path) for name in names))
             for line in table(path, *PREDICTION)]
@@ -312,30 +298,29 @@ class Scored:
     (V + 1,), the last for volumes that are not listed, so that a bootstrap draw costs no matching."""
 
     def __init__(self, volumes, truth, predictions, min_distance):
-        images, flat = [(key, math.inf) for key, _ in volumes], [row[:5] for row in truth]
-        numbered = {key: i for i, (key, _) in enumerate(volumes)}
+        names, flat = [key for key, _ in volumes], [row[:5] for row in truth]   # slices play no part
         self.m = metrics.matched(volumes, truth, predictions, min_distance)
-        self.flat = metrics.matched(images, flat, predictions, min_distance)    # slices play no part
-        self.boxes = [metrics.overlapping(flat, predictions, iou, numbered) for iou in IOUS]
-
-    def with_lesions(self, weight):
-        """Sensitivity at 1, 2, 3, 4 false positives per volume with a lesion, and their mean: (5,)"""
-        at = metrics.sensitivity(self.m, RATES, self.m.ill(weight))
-        return np.append(at, at.mean())
+        self.flat = metrics.matched(volumes, flat, predictions, min_distance)
+        self.boxes = [metrics.overlapping(names, flat, predictions, iou) for iou in IOUS]
 
     def everywhere(self, weight):
-        """The same over all volumes: (5,)"""
-        at = metrics.sensitivity(self.m, RATES, weight)
-        return np.append(at, at.mean())
+        """Sensitivity at 1, 2, 3, 4 false positives per volume, and their mean: (5,)"""
+        found = metrics.sensitivity(self.m, RATES, weight)
+        return np.append(found, found.mean())
+
+    def with_lesions(self, weight):
+        """The same over the volumes with a lesion: (5,)"""
+        return self.everywhere(self.m.ill(weight))
 
     def caught(self, weight, rate=4):
         """(G,) lesions found at the last score with at most `rate` false positives per volume with one"""
         return metrics.caught(self.m, rate, self.m.ill(weight))
 
-    def classes(self, weight, chosen):
-        """The share of each class of lesions found there; chosen (classes, G) -> (classes,)"""
-        count = weight[self.m.home] * chosen
-        return (count * self.caught(weight)).sum(1) / count.sum(1)
+    def by_class(self, weight, classes):
+        """The share of the lesions of each class that are found there"""
+        count = weight[self.m.home] * (classes == np.unique(classes)[:, None])          # (classes, G)
+        with np.errstate(invalid='ignore'):                 # a draw may hold no lesion of a class
+            return (count * self.caught(weight)).sum(1) / count.sum(1)
 
     def fauc(self, weight):
         """FAUC-1 over all images, and FAUC-1+ over those with a lesion (Sharma 4): (2,)"""
@@ -353,50 +338,56 @@ def lesions(runs, volumes, truth, classes, min_distance, draws, seed, out, notes
     if not truth:
         raise ValueError('no lesion in the test set, so there is no sensitivity')
     scored = {name: Scored(volumes, truth, rows, min_distance) for name, rows in runs.items()}
-    names, patient = np.unique([key[0] for key, _ in volumes], return_inverse=True)
-    rng, ones = np.random.default_rng(seed), np.ones(len(volumes) + 1)
-    times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)     # with replacement
-    weights = np.column_stack([times[:, patient], np.ones(draws)])                      # (draws, V + 1)
+    patients, patient = np.unique([key[0] for key, _ in volumes], return_inverse=True)
+    drawn = np.random.default_rng(seed).multinomial(            # (draws, patients), with replacement
+        len(patients), np.full(len(patients), 1 / len(patients)), draws)
+    weights = np.ones((1 + draws, len(volumes) + 1))            # all volumes once, then as often as drawn
+    weights[1:, :-1] = drawn[:, patient]
 
-    def intervals(metric):
-        """metric(weight) -> (n,); with its percentiles, (n, 3)"""
-        with np.errstate(invalid='ignore'), warnings.catch_warnings():
-            warnings.simplefilter('ignore', RuntimeWarning)                 # of a class that no draw holds
-            drawn = np.array([metric(weight) for weight in weights])
-            return np.column_stack([metric(ones), *np.nanpercentile(drawn, [2.5, 97.5], axis=0)])
-
-    def lines(title, columns, metric):
-        rows = {name: dict(zip(columns, intervals(partial(metric, s)).tolist()))
+    def tabulate(title, columns, metric):
+        rows = {name: dict(zip(columns, intervals(partial(metric, s), weights)))
                 for name, s in scored.items()}
         print_table(title, rows)
         return rows
 
-    kinds = {name: classes == name for name in sorted(set(classes))}
-    ill = len({row[0] for row in truth})
-    counted = ', '.join(f'{name} {of.sum()}' for name, of in kinds.items())
-    print(f'\n{len(volumes)} images or volumes of {len(names)} patients, {ill} with {len(truth)} lesions: '
-          f'{counted}; a hit is within max(half the diagonal, {min_distance:g} pixels)')
+    kinds, counts = np.unique(classes, return_counts=True)
+    print(f'\n{len(volumes)} images or volumes of {len(patients)} patients, '
+          f'{len({row[0] for row in truth})} with {len(truth)} lesions: '
+          + ', '.join(f'{kind} {count}' for kind, count in zip(kinds, counts))
+          + f'; a hit is within max(half the diagonal, {min_distance:g} pixels)')
     for name, s in scored.items():
         if (s.m.volume < 0).any():
             print(f'  {name}: {(s.m.volume < 0).sum()} predictions in volumes that are not listed')
     columns = [*(f'{rate} FP' for rate in RATES), 'mean of 1-4']
-    told = dict(
+    scores = dict(
         challenge={name: metrics.froc(volumes, truth, rows, min_distance)
                    for name, rows in runs.items()},
-        with_lesions=lines('sensitivity, volumes with a lesion', columns, Scored.with_lesions),
-        all=lines('sensitivity, all volumes', columns, Scored.everywhere),
-        classes=lines('found within 4 FP, with a lesion', [*kinds],
-                      lambda s, w: s.classes(w, np.array([*kinds.values()]))),
-        fauc=lines('area up to 1 FP', ['FAUC-1', 'FAUC-1+'], Scored.fauc),
-        overlap=overlap_table({name: s.overlap(ones) for name, s in scored.items()}),
-        overlap_mean=lines('mean over IoU', ['AP', 'top-1'], lambda s, w: s.overlap(w).mean(1)),
-        differences=detector_differences(scored, intervals), missed=missed(scored, truth, ones))
-    about = dict(min_distance=min_distance, draws=draws, seed=seed, notes=list(notes))
-    write_json(out / 'scores.json', told | about)
-    means = {name: cell(values['mean of 1-4']) for name, values in told['with_lesions'].items()}
-    chart({f'{name}, mean {means[name]}': metrics.curve(s.m, s.m.ill(ones))[1:]
-           for name, s in scored.items()},
-          'false positives per volume with a lesion', 'sensitivity', most=5).save(out / 'froc.png')
+        with_lesions=tabulate('sensitivity, volumes with a lesion', columns, Scored.with_lesions),
+        all=tabulate('sensitivity, all volumes', columns, Scored.everywhere),
+        classes=tabulate('found within 4 FP, with a lesion', kinds,
+                         lambda s, weight: s.by_class(weight, classes)),
+        fauc=tabulate('area up to 1 FP', ('FAUC-1', 'FAUC-1+'), Scored.fauc),
+        overlap=overlap_table({name: s.overlap(weights[0]) for name, s in scored.items()}),
+        overlap_mean=tabulate('mean over IoU', ('AP', 'top-1'),
+                              lambda s, weight: s.overlap(weight).mean(1)),
+        differences=detector_differences(scored, weights),
+        missed=missed(scored, truth, weights[0]),
+        min_distance=min_distance, draws=draws, seed=seed, notes=list(notes))
+    write_json(out / 'scores.json', scores)
+    rates, curves = np.linspace(0, 5, 501), {}
+    for name, s in scored.items():
+        mean = interval_text(scores['with_lesions'][name]['mean of 1-4'])
+        found = metrics.sensitivity(s.m, rates, s.m.ill(weights[0]))
+        curves[f'{name}, mean {mean}'] = list(zip(rates, found))
+    label = 'false positives per volume with a lesion'
+    chart(curves, label, 'sensitivity', most=5).save(out / 'froc.png')
+
+
+def intervals(metric, weights):
+    """metric(weight) -> (n,). Its values for all volumes, the first weight, with intervals over the others:
+    n times (value, low, high)"""
+    values, *drawn = [metric(weight) for weight in weights]
+    return [(value, *metrics.interval(of)) for value, of in zip(values, np.transpose(drawn))]
 
 
 def overlap_table(found):
@@ -404,38 +395,38 @@ def overlap_table(found):
     print(f'\n{"IoU":38}' + ''.join(f'{iou:7.1f}' for iou in IOUS) + '   mean')
     for i, title in enumerate(('AP', 'top-1')):
         for name, values in found.items():
-            shown = ''.join(f'{v:7.3f}' for v in [*values[i], values[i].mean()])
+            shown = ''.join(f'{v:7.3f}' for v in (*values[i], values[i].mean()))
             print(f"  {f'{title}, {name}':36.36}" + shown)
     return dict(iou=IOUS, at={name: dict(zip(('AP', 'top-1'), v)) for name, v in found.items()})
 
 
-def detector_differences(scored, intervals):
+def detector_differences(scored, weights):
     """Every pair of detectors: the difference of their mean sensitivities, and McNemar's test over the
     lesions found within 4 false positives per volume with a lesion, as if lesions were independent."""
-    found = {}
-    for (a, one), (b, two) in itertools.combinations(scored.items(), 2):
-        gap = intervals(lambda w: (two.with_lesions(w) - one.with_lesions(w))[-1:])[0].tolist()
-        first, second = one.caught(one.m.each()), two.caught(two.m.each())
-        alone = {a: int((first & ~second).sum()), b: int((second & ~first).sum())}
-        p = metrics.mcnemar(first, second)
-        print(f'\n{b} - {a}: mean sensitivity {cell(gap, "+")}; found within 4 FP by {b} alone {alone[b]}, '
-              f'by {a} alone {alone[a]}, McNemar p = {p:.2g}')
-        found[f'{b} - {a}'] = dict(mean_sensitivity=gap, mcnemar=p, alone=alone)
-    return found
+    differences = {}
+    for (a, scored_a), (b, scored_b) in itertools.combinations(scored.items(), 2):
+        gap = intervals(lambda w: scored_b.with_lesions(w) - scored_a.with_lesions(w), weights)[-1]
+        found_a, found_b = scored_a.caught(weights[0]), scored_b.caught(weights[0])
+        alone = {a: int((found_a & ~found_b).sum()), b: int((found_b & ~found_a).sum())}
+        p = metrics.mcnemar(found_a, found_b)
+        print(f'\n{b} - {a}: mean sensitivity {interval_text(gap, "+")}; found within 4 FP by {b} '
+              f'alone {alone[b]}, by {a} alone {alone[a]}, McNemar p = {p:.2g}')
+        differences[f'{b} - {a}'] = dict(mean_sensitivity=gap, mcnemar=p, alone=alone)
+    return differences
 
 
-def missed(scored, truth, ones):
-    """The lesions that one detector alone finds, and that none finds, at one and at four false positives per
-    volume with a lesion (Sharma 3, 6) -> {rate: {name: lesions}}"""
-    if not 1 < len(scored) < 4:
+def missed(scored, truth, weight):
+    """Of two or three detectors, the lesions that one alone finds and that none finds, at one and at four
+    false positives per volume with a lesion (Sharma 3, 6) -> {rate: {name: lesions}}"""
+    if len(scored) not in (2, 3):
         return {}
     found = {}
     for rate in (1, 4):
-        hits = np.array([s.caught(ones, rate) for s in scored.values()])                # (detectors, G)
+        hits = np.array([s.caught(weight, rate) for s in scored.values()])              # (detectors, G)
         groups = {f'{name} alone': hit & (hits.sum(0) == 1) for name, hit in zip(scored, hits)}
         groups['none'] = hits.sum(0) == 0
-        counted = ', '.join(f'{name} {of.sum()}' for name, of in groups.items())
-        print(f'found at {rate} FP by {counted} (listed in scores.json)')
+        counts = ', '.join(f'{name} {of.sum()}' for name, of in groups.items())
+        print(f'found at {rate} FP by {counts} (listed in scores.json)')
         found[rate] = {name: [truth[g] for g in np.flatnonzero(of)] for name, of in groups.items()}
     return found
 
@@ -443,7 +434,19 @@ def missed(scored, truth, ones):
 # ---- pictures -------------------------------------------------------------------------------------
 
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')    # Okabe and Ito
+GREY = '#CCCCCC'
 font = ImageFont.load_default
+
+
+def canvas(width, height, names=()):
+    """A white picture of this size, with a legend of `names` added below -> picture, pen"""
+    picture = Image.new('RGB', (width, height + 40 * len(names)), 'white')
+    pen = ImageDraw.Draw(picture)
+    pen.font = font(26)
+    for colour, y, name in zip(itertools.cycle(COLOURS), itertools.count(height, 40), names):
+        pen.line([(110, y), (160, y)], colour, 6)
+        pen.text((174, y), name, 'black', anchor='lm')
+    return picture, pen
 
 
 def halved(picture):
@@ -451,134 +454,105 @@ def halved(picture):
     return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
 
 
-def head_pictures(runs, told, out):
-    """roc.png compares the encoders of the last run, or shows the classes or years of its main one."""
-    results = list(runs.values())[-1]
-    main = results[-1]
-    curves = {name: (truth, main.p[use, column])
-              for name, (use, truth, column) in questions(main.run, main.y).items()}
-    if main.run['task'] in BINARY:
-        curves = {r.encoder: (r.y, r.p[:, 1]) for r in results if r.share == main.share}
-    areas = {name: metrics.auc(*pair) for name, pair in curves.items()}
-    chart({f'{name}, AUC {area:.3f}': metrics.roc(*curves[name])[:2]
-           for name, area in areas.items() if not math.isnan(area)},
-          '1 - specificity', 'sensitivity').save(out / 'roc.png')
-    if main.run['task'] != 'risk':
-        counts = metrics.confusion(main.y, main.guess, len(main.run['classes']))
-        matrix(counts, main.run['classes']).save(out / 'confusion.png')
-    first, points = next(iter(measures(main.run))), defaultdict(list)
-    for r, row in zip(results, told[main.run['folder']].values()):
-        points[r.encoder].append((r.share, *row[first]))
-    if len(points[main.encoder]) > 1:
-        lines = {name: list(zip(*of)) for name, of in points.items()}
-        chart(lines, 'share of training patients', first).save(out / 'fraction.png')
-    axes = sorted({of[-1].run['task'] for of in runs.values()})
-    if len(axes) > 2:
-        radar(axes, radar_polygons(axes, runs, told)).save(out / 'radar.png')
-
-
-def radar_polygons(axes, runs, told):
-    """MammoDINO's Fig. 2: a task is an axis, with the mean AUC or macro F1 of an encoder over the runs that
-    have this task -> {encoder: values}"""
-    values = defaultdict(lambda: defaultdict(list))
-    for folder, results in runs.items():
-        main = results[-1]
-        for r, row in zip(results, told[folder].values()):
-            if r.share == main.share:
-                name = r.run['encoder'] if r is main else r.encoder
-                metric = next(m for m in ('AUC', 'macro F1', 'mean AUROC') if m in row)
-                values[name][r.run['task']].append(row[metric][0])
-    return {name: [np.mean(of.get(axis, math.nan)) for axis in axes] for name, of in values.items()}
-
-
 def chart(curves, xlabel, ylabel, most=1):
-    """{name: (x, y) or (x, y, low, high)} over 0 ... `most` and 0 ... 1 -> a picture with axes and legend."""
-    side, left, top = 720, 110, 60
-    picture = Image.new('RGB', (left + side + 60, top + side + 110 + 40 * len(curves)), 'white')
-    pen = ImageDraw.Draw(picture)
+    """{name: [(x, y), ...]} over 0 ... `most` and 0 ... 1 -> a picture with axes and legend."""
+    picture, pen = canvas(890, 880, curves)
 
     def at(x, y):
-        return left + side * float(x) / most, top + side * (1 - float(y))
+        return 110 + 720 * x / most, 60 + 720 * (1 - y)
 
     for tick in np.linspace(0, 1, 6):
-        pen.line([at(most * tick, 0), at(most * tick, 1)], '#E5E5E5', 2)
-        pen.line([at(0, tick), at(most, tick)], '#E5E5E5', 2)
-        pen.text(at(most * tick, -0.02), f'{most * tick:.2g}', 'black', font(24), anchor='ma')
-        pen.text(at(-0.02 * most, tick), f'{tick:.1f}', 'black', font(24), anchor='rm')
-    pen.rectangle([at(0, 1), at(most, 0)], outline='black', width=2)
-    for i, (name, (x, y, *interval)) in enumerate(curves.items()):
-        colour, row, x = COLOURS[i % 7], top + side + 100 + 40 * i, np.asarray(x, float)
-        if interval:
-            x = x + 0.008 * i                               # intervals side by side
-            for a, b, low, high in zip(x, y, *interval):
-                pen.line([at(a, low), at(a, high)], colour, 2)
-                pen.circle(at(a, b), 7, colour)
-        points = within(x, np.asarray(y, float), most)
-        pen.line([at(*point) for point in points], colour, 4, joint='curve')
-        pen.line([(left, row), (left + 50, row)], colour, 6)
-        pen.text((left + 64, row), name, 'black', font(26), anchor='lm')
-    pen.text((left + side / 2, top + side + 46), xlabel, 'black', font(28), anchor='ma')
-    pen.text((10, 6), ylabel, 'black', font(26))
+        pen.line([at(most * tick, 0), at(most * tick, 1)], GREY, 2)
+        pen.line([at(0, tick), at(most, tick)], GREY, 2)
+        pen.text(at(most * tick, -0.02), f'{most * tick:g}', 'black', anchor='ma')
+        pen.text(at(-0.02 * most, tick), f'{tick:.1f}', 'black', anchor='rm')
+    pen.text(at(most / 2, -0.065), xlabel, 'black', anchor='ma')
+    pen.text((10, 6), ylabel, 'black')
+    for colour, points in zip(itertools.cycle(COLOURS), curves.values()):
+        pen.line([at(x, y) for x, y in points], colour, 4)
     return halved(picture)
-
-
-def within(x, y, most):
-    """Points of a line, cut where x exceeds `most`; a FROC curve that ends before keeps its last value."""
-    if most == 1:
-        return list(zip(x, y))
-    inside = x < most
-    return [*zip(x[inside], y[inside]), (most, np.interp(most, x, y))]
 
 
 def matrix(counts, classes):
     """Confusion counts (C, C) -> a picture: truth by row, prediction by column, shaded by share of row."""
     box, margin = 120, 150
-    side = box * len(classes)
-    picture = Image.new('RGB', (margin + side + 30, margin + side + 30), 'white')
-    pen = ImageDraw.Draw(picture)
+    picture, pen = canvas(margin + box * len(classes) + 30, margin + box * len(classes) + 30)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     for i, name in enumerate(classes):
         middle = margin + box * (i + 0.5)
-        short = name if len(name) < 10 else f'{name[:4]}…{name[-4:]}'
-        pen.text((middle, margin - 12), short, 'black', font(26), anchor='mb')
-        pen.text((margin - 12, middle), short, 'black', font(26), anchor='rm')
+        pen.text((middle, margin - 12), name[:9], 'black', anchor='mb')
+        pen.text((margin - 12, middle), name[:9], 'black', anchor='rm')
         for j, share in enumerate(shares[i]):
             x, y = margin + box * j, margin + box * i
             shade = tuple(int(255 - share * (255 - c)) for c in (0, 114, 178))
             pen.rectangle([x, y, x + box, y + box], shade, 'white', 3)
             colour = 'white' if share > 0.6 else 'black'
-            pen.text((x + box / 2, y + box / 2), str(counts[i, j]), colour, font(32), anchor='mm')
-    pen.text((margin + side / 2, 20), 'predicted', 'black', font(28), anchor='ma')
-    pen.text((20, margin / 2), 'truth', 'black', font(28))
+            pen.text((x + box / 2, y + box / 2), str(counts[i, j]), colour, anchor='mm')
+    pen.text((margin + box * len(classes) / 2, 20), 'predicted', 'black', anchor='ma')
+    pen.text((20, margin / 2), 'truth', 'black')
     return picture
 
 
 def radar(axes, polygons):
     """axes: names; polygons {name: values in 0 ... 1, one per axis, NaN where it has none}."""
-    picture = Image.new('RGB', (1440, 1160 + 40 * len(polygons)), 'white')
-    pen = ImageDraw.Draw(picture)
+    picture, pen = canvas(1440, 1120, polygons)
 
     def at(axis, value):
         angle = 2 * math.pi * axis / len(axes) - math.pi / 2
         return 720 + 400 * value * math.cos(angle), 560 + 400 * value * math.sin(angle)
 
     for ring in (0.2, 0.4, 0.6, 0.8, 1.0):
-        pen.polygon([at(i, ring) for i in range(len(axes))], outline='#CCCCCC', width=2)
-        pen.text(at(0, ring), f'{ring:.1f}  ', '#777777', font(22), anchor='rm')
+        pen.polygon([at(i, ring) for i in range(len(axes))], outline=GREY, width=2)
+        pen.text(at(0, ring), f'{ring:.1f}  ', 'grey', anchor='rm')
     for i, name in enumerate(axes):
-        x, y = at(i, 1.1)
-        pen.line([at(i, 0), at(i, 1)], '#CCCCCC', 2)
-        anchor = 'mm' if abs(x - 720) < 130 else 'lm' if x > 720 else 'rm'
-        pen.text((x, y), name, 'black', font(26), anchor=anchor)
-    for i, (name, values) in enumerate(polygons.items()):
-        colour, row = COLOURS[i % 7], 1120 + 40 * i
-        corners = [at(axis, v) if v == v else None for axis, v in enumerate(values)]
-        for a, b in zip(corners, [*corners[1:], corners[0]]):
-            if a and b:                                     # open where a run has no such axis
-                pen.line([a, b], colour, 5)
-        pen.line([(340, row), (390, row)], colour, 6)
-        pen.text((404, row), name, 'black', font(26), anchor='lm')
+        pen.line([at(i, 0), at(i, 1)], GREY, 2)
+        pen.text(at(i, 1.15), name, 'black', anchor='mm')
+    for colour, values in zip(itertools.cycle(COLOURS), polygons.values()):
+        for i, (a, b) in enumerate(itertools.pairwise([*values, values[0]])):
+            if not math.isnan(a + b):                       # open where it has no such axis
+                pen.line([at(i, a), at(i + 1, b)], colour, 5)
     return halved(picture)
+
+
+def head_pictures(runs, tables, out):
+    """roc.png compares the encoders of the last run, or shows the classes or years of its main one."""
+    folder, results = list(runs.items())[-1]
+    main, rows, classes = results[-1], tables[folder], results[-1].run['classes']
+    asked = {name: (truth, main.p[use, column])
+             for name, (use, truth, column) in questions(main.run, main.y).items()}
+    if main.run['task'] in BINARY:
+        asked = {r.encoder: (r.y, r.p[:, 1]) for r in results if r.share == main.share}
+    curves = {f'{name}, AUC {metrics.auc(truth, p):.3f}': list(zip(*metrics.roc(truth, p)[:2]))
+              for name, (truth, p) in asked.items() if 0 < truth.sum() < len(truth)}
+    chart(curves, '1 - specificity', 'sensitivity').save(out / 'roc.png')
+    if main.run['task'] != 'risk':
+        counts = metrics.confusion(main.y, main.guess, len(classes))
+        matrix(counts, classes).save(out / 'confusion.png')
+    first, lines = next(iter(rows[main.name])), {r.encoder: [] for r in results}
+    for r in results:
+        value, low, high = rows[r.name][first]
+        x = r.share + 0.008 * list(lines).index(r.encoder)  # intervals side by side
+        lines[r.encoder] += [(x, value), (x, low), (x, high), (x, value)]
+    if len({r.share for r in results}) > 1:
+        chart(lines, 'share of training patients', first).save(out / 'fraction.png')
+    if len({of[-1].run['task'] for of in runs.values()}) > 2:
+        radar(*radar_polygons(runs, tables)).save(out / 'radar.png')
+
+
+def radar_polygons(runs, tables):
+    """MammoDINO's Fig. 2: a task is an axis, with the mean AUC or macro F1 of an encoder over the runs that
+    have this task -> tasks, {encoder: values}"""
+    found = defaultdict(list)
+    for folder, results in runs.items():
+        main = results[-1]
+        for r in [r for r in results if r.share == main.share]:
+            name = main.run['encoder'] if r is main else r.encoder
+            row = tables[folder][r.name]
+            metric = next(m for m in ('AUC', 'macro F1', 'mean AUROC') if m in row)
+            found[name, main.run['task']].append(row[metric][0])
+    names, axes = dict.fromkeys(name for name, _ in found), sorted({task for _, task in found})
+    return axes, {name: [np.mean(found.get((name, axis), math.nan)) for axis in axes]
+                  for name in names}
 
 
 def main(argv):
@@ -593,7 +567,7 @@ def main(argv):
     parser.add_argument('--out', default='runs/score', help='folder of scores.json and pictures')
     args = parser.parse_args(argv)
     out, first = Path(args.out), Path(args.runs[0])
-    if any((out / name).exists() for name in ('predictions.csv', 'run.json')):
+    if (out / 'predictions.csv').exists():
         raise ValueError(f'--out {out} holds a run, whose scores would be lost; choose another')
     out.mkdir(parents=True, exist_ok=True)
     if (first / 'run.json').exists():
@@ -601,10 +575,10 @@ def main(argv):
     else:
         beside = first if first.is_dir() else first.parent
         truth = read_truth(args.labels or beside / 'labels.csv', args.boxes or beside / 'boxes.csv')
-        for folder in map(Path, args.runs[1:]):
-            own = folder / 'labels.csv', folder / 'boxes.csv'
-            if not args.boxes and own[0].exists() and read_truth(*own)[:2] != truth[:2]:
-                raise ValueError(f'{folder} and {first} were tested on different lesions')
+        for run in map(Path, args.runs[1:]):
+            if run.is_dir() and not args.boxes:
+                if read_truth(run / 'labels.csv', run / 'boxes.csv')[:2] != truth[:2]:
+                    raise ValueError(f'{run} and {first} were tested on different lesions')
         distance, stored = args.min_distance, beside / 'scores.json'
         if distance is None and stored.exists() and not args.boxes:
             distance = json.loads(stored.read_text())['min_distance']

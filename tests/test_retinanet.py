@@ -29,14 +29,12 @@ def small_net(**changes):
 def test_the_paper_s_65250_anchors_lie_where_the_cells_look():
     anchors = retinanet.anchors(518)
     assert anchors.shape == (65250, 4) and retinanet.grids(518) == (74, 37, 18, 9)
-    start, away = 0, 0.0
+    start = 0
     for cells, stride, first in ((74, 7, 3.5), (37, 14, 7), (18, 28, 14), (9, 56, 14)):
         centre = centres(anchors[start:start + 9 * cells ** 2]).view(cells, cells, 9, 2)
         start, j = start + 9 * cells ** 2, torch.arange(cells)
         assert (centre[..., 0] - (first + stride * j)[None, :, None]).abs().max() < 1e-3        # columns inside rows
         assert (centre[..., 1] - (first + stride * j)[:, None, None]).abs().max() < 1e-3
-        away = max(away, ((j + 0.5) * 518 / cells - first - stride * j).abs().max().item())
-    assert away == pytest.approx(27.2, abs=0.1)             # of the evenly shared centres of the paper's code
     sides = (anchors[:9, 2:] - anchors[:9, :2]).double()
     scales, ratios = torch.tensor([1, 1.26, 1.587] * 3), torch.tensor([0.5] * 3 + [1.0] * 3 + [2.0] * 3)
     torch.testing.assert_close(sides.prod(1).sqrt().float(), 16 * scales)
@@ -68,12 +66,7 @@ def test_encode_and_decode_equal_the_reference_and_undo_each_other():
     decoded = retinanet.decode(case('coder_deltas'), anchors)
     torch.testing.assert_close(decoded, case('coder_decode'), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(retinanet.decode(retinanet.encode(boxes, anchors), anchors), boxes, rtol=0, atol=1e-2)
-
-
-def test_no_delta_overflows_even_in_half_precision():
-    box = retinanet.decode(torch.tensor([[0, 0, 50.0, 50.0]]).half(), torch.tensor([[0, 0, 16.0, 16.0]]))
-    assert box.dtype == torch.float32
-    torch.testing.assert_close(box[0, 2:] - box[0, :2], torch.full((2,), 1000.0))
+    assert retinanet.decode(100 * case('coder_deltas').half(), anchors).isfinite().all()                # even so
 
 
 # ---- matching and suppression -------------------------------------------------------------------------------------
@@ -104,51 +97,24 @@ def test_nms_equals_its_definition():
     assert retinanet.nms(torch.zeros(0, 4), torch.zeros(0)).tolist() == []
 
 
-def test_nms_and_decoding_give_the_reference_s_detections():
-    """Two classes: the best of each level above a threshold, suppression within a class, the best of both."""
-    size, _, threshold, overlap, per_level, most = ARCHIVE['pp_args'].tolist()
-    candidates, found = [], []                              # (score, class, box)
-    for level in range(3):
-        score = case(f'pp_cls{level}').sigmoid().flatten()
-        box = retinanet.decode(case(f'pp_reg{level}'), case(f'pp_anc{level}')).clamp(0, size)
-        order = [i for i in score.argsort(descending=True, stable=True).tolist() if score[i] > threshold]
-        candidates += [(score[i], i % 2, box[i // 2]) for i in order[:int(per_level)]]
-    for kind in (0, 1):
-        mine = [row for row in candidates if row[1] == kind]
-        kept = retinanet.nms(torch.stack([row[2] for row in mine]), torch.stack([row[0] for row in mine]), overlap)
-        found += [mine[i] for i in kept]
-    found = sorted(found, key=lambda row: -row[0].item())[:int(most)]
-    torch.testing.assert_close(torch.stack([row[2] for row in found]), case('pp_boxes'), rtol=0, atol=1e-3)
-    assert [row[1] for row in found] == case('pp_labels').tolist()
-
-
-def outputs(size=56):
+def test_boxes_of_an_image_are_the_best_of_each_level_after_nms_and_those_alone_are_copied_from_the_device(monkeypatch):
     torch.manual_seed(0)
-    anchors = retinanet.anchors(size)
-    return torch.randn(len(anchors)), 3 * torch.randn(len(anchors), 4), anchors
-
-
-def test_boxes_of_an_image_lie_inside_it_best_first_and_do_not_overlap():
-    boxes, scores = retinanet.boxes_of(*outputs(), 56, iou=0.1, top=30)
-    assert 0 < len(boxes) <= 30 and (scores.diff() <= 0).all() and boxes.min() >= 0 and boxes.max() <= 56
-    assert (boxes[:, 2:] > boxes[:, :2]).all()
-    assert (retinanet.pairwise_iou(boxes, boxes) - torch.eye(len(boxes))).max() <= 0.1
-
-
-def test_the_best_of_each_level_alone_are_copied_from_the_device(monkeypatch):
-    logits, deltas, anchors = outputs()
+    anchors = retinanet.anchors(56)
+    logits, deltas = torch.randn(len(anchors)), 3 * torch.randn(len(anchors), 4)
     best, start = [], 0
     for cells in retinanet.grids(56):
-        score = logits[start:start + 9 * cells ** 2].sigmoid()
-        best += sorted(score.tolist())[-7:]
-        start += len(score)
+        end = start + 9 * cells ** 2
+        best += sorted(range(start, end), key=lambda i: -logits[i].item())[:7]
+        start = end
     copied, cpu = [], torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, 'cpu', lambda x: (copied.append(x.shape), cpu(x))[1])
-    boxes, scores = retinanet.boxes_of(logits, deltas, anchors, 56, iou=1.0, top=None, per_level=7)
-    assert copied == [(28, 5)]
-    whole = retinanet.decode(deltas, anchors).clamp(0, 56)
-    inside = (whole[:, 2:] > whole[:, :2]).all(1)
-    assert scores.tolist() == sorted(set(best) & set(logits.sigmoid()[inside].tolist()), reverse=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, 'cpu', lambda x: (copied.append(x.shape), cpu(x))[1])
+        boxes, scores = retinanet.boxes_of(logits, deltas, anchors, 56, iou=0.1, top=9, per_level=7)
+    whole = retinanet.decode(deltas[best], anchors[best]).clamp(0, 56)
+    inside = (whole[:, 2:] > whole[:, :2]).all(1)           # the others lie beside the image
+    kept = retinanet.nms(whole[inside], logits[best][inside], 0.1, 9)
+    assert copied == [(28, 5)] and 0 < len(boxes) <= 9 and not inside.all()
+    assert torch.equal(boxes, whole[inside][kept]) and torch.equal(scores, logits[best][inside][kept].sigmoid())
 
 
 # ---- the network --------------------------------------------------------------------------------------------------
