@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import (ROOT, TIMING, TINY, family, here, kill, logged_steps, pretraining, reached, run, same_run,
                       started, timeless)
+from tqdm import tqdm
 
 import losses
 import phantom
@@ -502,3 +503,8 @@ def test_collapse_is_warned_of_once_and_healthy_runs_are_not(whole, pair, tmp_pa
     assert said.count('CLS tokens of all images are alike') == said.count('every image goes to all') == 1
     assert said.count('most crops did not reach rho') == 1 and said.count('warning:') == 3
     assert 'warning:' not in whole[1] + pair[1]
+    cfg, line = pretrain.Config(), dict.fromkeys(('total', 'image', 'patch', 'slice', 'koleo', 'relaxed'), 0.0)
+    for kl in (0.4, 0.2):                                   # what too large a rate leaves of a teacher
+        line |= dict(step=cfg.steps, kl=kl, teacher_entropy=0.9 * math.log(cfg.prototypes), cls_spread=0.9)
+        pretrain.write_log(cfg, open(tmp_path / 'log', 'a'), tqdm(disable=True), line)
+        assert ('a lower --lr may read better' in capsys.readouterr().err) == (kl == 0.2)
