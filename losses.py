@@ -150,6 +150,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, prototypes, teacher, weight, temp, rows):
+        """Arguments as in `chunked_patch_loss` -> ()"""
         loss = torch.zeros((), device=student.device)
         grad_student, grad_prototypes = torch.zeros_like(student), torch.zeros_like(prototypes)
         for start in range(0, len(student), rows):

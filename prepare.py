@@ -138,6 +138,7 @@ def live_with_the_parent():
 
 
 def main(argv):
+    """python prepare.py RAW PREPARED"""
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument('raw')
     parser.add_argument('prepared')

@@ -130,8 +130,8 @@ class Config:
     test_phantoms: int = option(320, 'ours', 'unseen breasts to test on; 0 skips the test')
 
 
-# lr [ours]: at that of DINOv2 and more, small networks read films worse than random weights do, while
-# their losses fall; tests/experiments.py, `rates`.
+# lr [ours]: with four times as much, small networks read films worse than random weights do, while their
+# losses fall (tests/experiments.py, `rates`). What the rule of --lr does to a ViT-B was not tried.
 SMALL = dict(steps=2000, warmup=200, workers=2, lr=0.0028, batch=16, layer_decay=1.0, wd_end=0.04,
              freeze_last_layer=0, size=84, width=128, depth=4, heads=4, drop_path=0.0,
              layerscale=1.0, prototypes=256, hidden=256, bottleneck=64, locals=4, local_size=42,

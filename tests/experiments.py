@@ -1,23 +1,25 @@
 """The evidence: what each part of the method does, measured so that it can be repeated. Not a test.
 
-    $ python tests/experiments.py difficulty                # which phantoms, chosen before the rest
+    $ python tests/experiments.py windows --data PREPARED --boxes CBIS.csv      # masses of real films, four arms
+    $ python tests/experiments.py rates --data PREPARED --mias MIAS --boxes CBIS.csv      # learning rates
+    $ python tests/experiments.py longer --data PREPARED --mias MIAS --boxes CBIS.csv     # does it grow with training?
     $ python tests/experiments.py ablation                  # the arms of Table 6 on phantoms
-    $ python tests/experiments.py ablation --data PREPARED --mias MIAS --cbis CBIS          # on real mammograms
     $ python tests/experiments.py adjacent                  # what the adjacent slice loss does to a volume; D_max
     $ python tests/experiments.py tissue NAME=LABELS.csv ...        # what tau keeps and admits, how often rho falls
-    $ python tests/experiments.py thresholds                # how the read-outs move with tau and rho
     $ python tests/experiments.py hidden --mias MIAS --boxes CBIS.csv   # lesions that patch masks cover
-    $ python tests/experiments.py occlusion                 # lesions always or never masked, then detected
     $ python tests/experiments.py attention                 # where encoders look
     $ python tests/experiments.py fused                     # does SM alone profit from pairs with FFDM?
     $ python tests/experiments.py detectors --mias MIAS --boxes CBIS.csv --encoder RUN/last.pt       # three of them
-    $ python tests/experiments.py tables                    # the README's tables out of tests/results/*.csv
+    $ python tests/experiments.py tables                    # the tables of tests/results/README.md
     $ python tests/experiments.py pictures                  # and its pictures
 
 Each function below is the protocol of one experiment. Encoders are trained by the command line of pretrain.py, as many
 at once as there are cores, one thread each, in `--out`; those that are there already are not trained again. Rows go to
 tests/results/EXPERIMENT.csv. Intervals are 95 %, by bootstrap over phantoms or patients; those of means over seeds and
 of differences draw the seeds as well, of which there are few: read the seeds' own rows beside them.
+
+PREPARED: films of CBIS-DDSM, mini-MIAS and DDSM after `prepare.py --side 512`. CBIS.csv: the masses of CBIS-DDSM, a
+list as detect.py takes it.
 """
 import argparse
 import copy
@@ -53,8 +55,8 @@ import vit  # noqa: E402
 
 RESULTS = ROOT / 'tests' / 'results'
 SEEDS = (0, 1, 2)
-FRAME = dict(height=256, width=288)                         # see difficulty()
-RECIPE = {k: v for k, v in pretrain.DEMO.items() if k != 'out'} | dict(steps=400, warmup=40)
+FRAME = dict(height=256, width=288)         # a breast takes .43 of it; random weights read less than the grey levels do
+RECIPE = {k: v for k, v in pretrain.DEMO.items() if k != 'out'} | dict(steps=400, warmup=40, lr=0.0113)    # as the rows
 BLIND = dict(blind_crops=True, blind_masks=True)            # blind windows for slice pairs, too
 ARMS = {                                                    # Table 6, DINO-M alone, and a control: windows that reach
     'DINOv2': BLIND | dict(slice_weight=0.0),               # rho on a narrow breast are smaller than blind ones
@@ -118,18 +120,16 @@ def detector_command(values):
     return [sys.executable, str(ROOT / 'fuse.py'), stage, *flags(given | dict(other=values[stage]))]
 
 
-def pretrained(out, recipes, scripts={}):
-    """{name: recipe}: trains those that are not there yet, by pretrain.py if `scripts` names no other. -> {name:
-    teacher}"""
+def pretrained(out, recipes):
+    """{name: recipe}: trains those that are not there yet -> {name: teacher}"""
     todo = {}
     for name, recipe in recipes.items():
-        script, *first = scripts.get(name, ('pretrain.py',))
         last = Path(out, name, 'last.pt')
         state = vit.read(last) if last.exists() else dict(step=0, config=recipe)
-        if changed := [k for k, v in recipe.items() if state['config'].get(k) != v]:
+        if changed := [k for k, v in recipe.items() if k != 'workers' and state['config'].get(k) != v]:
             raise ValueError(f"{last} was trained by another recipe ({', '.join(changed)}); remove it")
         if state['step'] < recipe['steps']:
-            todo[f'{out}/{name}'] = [sys.executable, str(ROOT / script), *first,
+            todo[f'{out}/{name}'] = [sys.executable, str(ROOT / 'pretrain.py'),
                                      *flags(recipe | dict(out=f'{out}/{name}', resume=True))]
     in_lanes(todo)
     return {name: vit.load(f'{out}/{name}/last.pt') for name in recipes}
@@ -155,10 +155,9 @@ def steps_of(recipe, pairs):
 def features(encoder, images, chunk=64):
     """uint8 images (H, W), squashed to the encoder's square -> unit CLS (n, D); mean and deviation of the patch tokens
     (n, 2 D), the input of DBT-DINO's linear heads."""
-    side, cls, moments = (encoder.config['size'],) * 2, [], []
+    side, cls, moments = encoder.config['size'], [], []
     for i in range(0, len(images), chunk):
-        grey = np.stack([np.asarray(Image.fromarray(image).resize(side, Image.Resampling.BICUBIC))
-                         for image in images[i:i + chunk]])
+        grey = np.stack([squashed(image, side) for image in images[i:i + chunk]])
         token, patches = encoder(torch.from_numpy(grey)[:, None].float() / 255)
         cls.append(torch.nn.functional.normalize(token, dim=-1))
         moments.append(torch.cat([patches.mean(1), patches.std(1)], 1))
@@ -201,16 +200,15 @@ def value_of(y, p):
 READOUTS = {'CLS k-NN': (nearest, 0), 'CLS linear': (linear, 0), 'patches linear': (linear, 1)}
 
 
-def read_out(arms, images, tasks, groups):
-    """{arm: encoders, one a seed}, {task: labels, -1 where there is none} -> rows: the value of each seed, their mean,
+def read_out(known, tasks, groups, readouts=READOUTS):
+    """{arm: features, one a seed}, {task: labels, -1 where there is none} -> rows: the value of each seed, their mean,
     and the difference of the mean from the first arm's and from random init's."""
-    known = {arm: [features(encoder, images) for encoder in encoders] for arm, encoders in arms.items()}
-    rows, first = [], next(iter(arms))
+    rows, first = [], next(iter(known))
     for task, labels in tasks.items():
         has = labels >= 0
         y, g = labels[has], groups[has]
         chance = np.bincount(y).max() / len(y) if y.max() > 1 else 0.5
-        for readout, (predict, part) in READOUTS.items():
+        for readout, (predict, part) in readouts.items():
             about = dict(task=task, readout=readout, n=len(y))
             rows.append(about | dict(arm='chance', seed='', value=chance))
             shares = {arm: [predict(f[part][has], y, g) for f in found] for arm, found in known.items()}
@@ -269,23 +267,6 @@ def read(name):
 
 # ---- 1: the ablation (MammoDINO Table 6, and DINO-M alone) -----------------------------------------------------------
 
-def difficulty(out):
-    """Which frame for the phantoms: random weights clearly below what the grey levels tell (inside the true tissue,
-    which an encoder is not shown), before any arm is looked at. 288 wide, a breast takes .43 of the frame."""
-    rows = []
-    for width in (192, 288, 384):
-        found = phantoms(320, (100, 6), width=width)
-        images, density = [p['pixels'][0] for p in found], np.array([p['density'] for p in found])
-        deciles = np.array([np.percentile(image[p['tissue']], range(10, 100, 10)) for image, p in zip(images, found)])
-        cls, moments = features(untrained(RECIPE | dict(seed=100)), images)
-        each, one = np.arange(len(images)), np.mean([p['tissue'].mean() for p in found])
-        rows += [dict(width=width, tissue=one, features=name, readout=readout, value=value_of(density, p))
-                 for name, readout, p in (('random init', 'k-NN', nearest(cls, density, each)),
-                                          ('random init', 'linear', linear(moments, density, each)),
-                                          ('tissue-grey deciles', 'linear', linear(deciles, density, each)))]
-    write('difficulty', rows)
-
-
 def ablation(out):
     """Six arms of equal compute, three seeds, 256 training phantoms a seed (every third a volume), 640 others to test
     on, the same for all. A warm-up of 40 steps for each."""
@@ -298,9 +279,10 @@ def ablation(out):
     tests = phantoms(640, (99, 7))
     arms = {arm: [trained[f'{slug(arm)}-{seed}'] for seed in SEEDS] for arm in ARMS}
     arms['random init'] = [untrained(RECIPE | dict(seed=seed)) for seed in SEEDS]
-    images = [p['pixels'][0] for p in tests]
-    write('ablation', read_out(arms, images, labels_of(tests), np.arange(640)), data='phantoms')
-    write('windows', [dict(arm=arm, area=np.mean([*window_areas(tests, RECIPE | change)]))
+    pictures = [p['pixels'][0] for p in tests]
+    found = {arm: [features(encoder, pictures) for encoder in encoders] for arm, encoders in arms.items()}
+    write('ablation', read_out(found, labels_of(tests), np.arange(640)))
+    write('areas', [dict(arm=arm, area=np.mean([*window_areas(tests, RECIPE | change)]))
                       for arm, change in ARMS.items()])
 
 
@@ -328,40 +310,137 @@ def slug(arm):
     return ''.join(c if c.isalnum() else '-' for c in arm.lower()).strip('-')
 
 
-REAL = RECIPE | dict(steps=250, warmup=25, volume_items=False, min_coverage=0.3, brightness=0.4, contrast=0.4)
+# ---- 2: real films ---------------------------------------------------------------------------------------------------
+
+LINEAR = {'CLS linear': (linear, 0), 'patches linear': (linear, 1)}
+FIVE = range(5)
+LARGER = dict(size=112, local_size=56, width=192, depth=6, heads=3, drop_path=0.1, prototypes=1024, hidden=512,
+              bottleneck=128, momentum=0.98)
 
 
-def ablation_on_real_images(out, data, sources):
-    """The arms of Table 6 and DINO-M alone on a folder of prepared mammograms and volumes; density and abnormality
-    (mini-MIAS) or malignancy (CBIS-DDSM) read from the images of `sources`, {data set of datasets.py: its root}. These
-    are among those pretrained on, without their labels. Seeds draw weights, order and views; the images are the same.
-
-    Without a real DBT volume the pairs come from phantom volumes in the folder, so the arms with slice pairs tell
-    nothing about real tomosynthesis."""
-    counts = [images.frames(path) for path in images.listing(data)]
-    pairs = sum(c for c in counts if c > 1) / sum(counts)   # every slice is an item
-    recipes, chosen = {}, {arm: change for arm, change in ARMS.items() if 'windows' not in arm}
-    for arm, change in chosen.items():
-        for seed in SEEDS:
-            recipe = REAL | change | dict(seed=seed, data=data)
-            recipes[f'real-{slug(arm)}-{seed}'] = recipe | dict(steps=steps_of(recipe, pairs))
-    trained = pretrained(out, recipes)
-    arms = {arm: [trained[f'real-{slug(arm)}-{seed}'] for seed in SEEDS] for arm in chosen}
-    arms['random init'] = [untrained(REAL | dict(seed=seed)) for seed in SEEDS]
-    for dataset, root in sources.items():
-        tasks, (found, _) = {}, datasets.load(dataset, root)
-        for task in ('density', 'lesion' if dataset == 'mias' else 'cancer'):
-            classes = datasets.CLASSES[dataset][task]
-            tasks[task] = {row.path: (classes.index(row.labels[task]), row.patient) for row in found
-                           if task in row.labels}
-        paths = sorted(set().union(*tasks.values()))
-        images = [images.clahe(images.read(path)) for path in paths]
-        groups = np.array([next(found[path][1] for found in tasks.values() if path in found) for path in paths])
-        labels = {task: np.array([found.get(path, (-1,))[0] for path in paths]) for task, found in tasks.items()}
-        write('ablation', read_out(arms, images, labels, groups), data=dataset)
+def windows(out, data, boxes):
+    """Mass against tissue, and malignant against benign, in windows of CBIS-DDSM: a mass fills two thirds of its
+    window, and half a patch of a whole film at 84 pixels. Four arms, five seeds each, trained for 400 steps on the
+    films of `data`, those of the windows among them, without their labels; random weights; the deciles of a window's
+    greys. No real volume is at hand, so no arm has slice pairs."""
+    arms = {arm: {seed: pretrain.SMALL | change | dict(steps=400, warmup=40, seed=seed, data=data) for seed in FIVE}
+            for arm, change in ARMS.items() if change.get('slice_weight') == 0}
+    trained = pretrained(out, {f'films-{slug(arm)}-{seed}': recipe
+                               for arm, seeds in arms.items() for seed, recipe in seeds.items()})
+    pictures, tasks, patients = mass_windows(boxes, pretrain.SMALL['size'])
+    found = {arm: [features(trained[f'films-{slug(arm)}-{seed}'], pictures) for seed in FIVE] for arm in arms}
+    found['random init'] = [features(untrained(pretrain.SMALL | dict(seed=seed)), pictures) for seed in FIVE]
+    deciles = np.percentile(np.stack(pictures).reshape(len(pictures), -1), range(10, 100, 10), axis=1).T
+    found['grey deciles'] = [(deciles, deciles)] * len(FIVE)
+    write('windows', read_out(found, tasks, patients, LINEAR))
 
 
-# ---- 2: the adjacent slice loss --------------------------------------------------------------------------------------
+def rates(out, data, mias, boxes):
+    """Which learning rate lets a small network learn from films: two networks, three rates, seed 0; beside the
+    read-outs what the last line of the log says."""
+    rows = []
+    for network, change, lengths in (('84 px, width 128, depth 4', {}, (400, 1600)),
+                                     ('112 px, width 192, depth 6', LARGER, (500,))):
+        recipe = pretrain.SMALL | change | dict(data=data)
+        grid = {f'lr {lr}, {steps} steps': recipe | dict(lr=lr, steps=steps, warmup=steps // 10)
+                for steps in lengths for lr in (0.0113, 0.0028, 0.0007)}
+        place = {arm: f'rates-{recipe["size"]}-{slug(arm)}' for arm in grid}
+        trained = pretrained(out, {place[arm]: values for arm, values in grid.items()})
+        arms = {'random init': [untrained(recipe)]} | {arm: [trained[place[arm]]] for arm in grid}
+        logged = {arm: json.loads(Path(out, place[arm], 'log.jsonl').read_text().splitlines()[-1]) for arm in grid}
+        for row in read_films(arms, film_material(mias, boxes, recipe['size'])):
+            last = logged.get(row['arm'], {})
+            rows.append(dict(network=network) | row | {k: last.get(k, '') for k in (
+                'teacher_entropy', 'kl', 'cls_spread', 'effective_rank')})
+    write('rates', rows)
+
+
+def longer(out, data, mias, boxes, steps=6000, seeds=(0, 1)):
+    """Does the gain over random weights grow with training? Blind and tissue-aware crops and masks, read out at an
+    eighth, a quarter, a half and the end of the same runs."""
+    names = {arm: [f'longer-{slug(arm)}-{seed}' for seed in seeds] for arm in ('DINOv2', '+ DINO-M & iBOT-M')}
+    recipe = pretrain.SMALL | dict(steps=steps, warmup=steps // 10, keep_every=steps // 8, data=data)
+    pretrained(out, {name: recipe | ARMS[arm] | dict(seed=seed)
+                     for arm, of in names.items() for seed, name in zip(seeds, of)})
+    material, rows = film_material(mias, boxes, pretrain.SMALL['size']), []
+    for step in (steps // 8, steps // 4, steps // 2, steps):
+        arms = {arm: [vit.load(f'{out}/{name}/step_{step:06d}.pt') for name in of] for arm, of in names.items()}
+        arms['random init'] = [untrained(pretrain.SMALL | dict(seed=seed)) for seed in seeds]
+        for row in read_films(arms, material):
+            untrained_arm = row['arm'] in ('chance', 'random init')
+            if not untrained_arm or step == steps // 8:     # these are the same at each
+                rows.append(dict(step=0 if untrained_arm else step) | row)
+    write('longer', sorted(rows, key=lambda row: row['step']))
+
+
+def read_films(arms, material):
+    """{arm: encoders} -> the rows of `read_out` on each part of `film_material`."""
+    rows = []
+    for pictures, tasks, patients in material:
+        found = {arm: [features(encoder, pictures) for encoder in encoders] for arm, encoders in arms.items()}
+        rows += read_out(found, tasks, patients, LINEAR)
+    return rows
+
+
+def film_material(mias, boxes, side):
+    """-> [(pictures, tasks, patients)]: the windows of `mass_windows`; whole films of CBIS-DDSM, CC (0) or MLO (1),
+    without (0) or with (1) a malignant mass; those of mini-MIAS with their density."""
+    films, _ = datasets.load('csv', boxes, boxes=True)
+    dense, _ = datasets.load('mias', mias)
+    tasks = dict(view=[int(row.view == 'MLO') for row in films],
+                 film=[int(any(box[-1] == 'cancer' for box in row.boxes)) for row in films])
+    density = dict(density=['FGD'.index(row.labels['density']) for row in dense])
+    parts = [mass_windows(boxes, side)]
+    for rows, labels in ((films, tasks), (dense, density)):
+        pictures = [squashed(images.clahe(images.read(row.path)), side) for row in rows]
+        parts.append((pictures, {task: np.array(of) for task, of in labels.items()},
+                      np.array([row.patient for row in rows])))
+    return parts
+
+
+def mass_windows(boxes, side):
+    """-> pictures (n), tasks {mass, malignant: labels, -1 where there is none}, patients (n,). A window is a square of
+    1.5 times the longer side of a mass (64 to 400 pixels), its centre moved by up to .15 of that; its counterpart has
+    the same size and film, at least .7 tissue and no mass."""
+    rng, found = np.random.default_rng(0), []
+    for row in datasets.load('csv', boxes, boxes=True)[0]:
+        image = images.clahe(images.read(row.path))
+        breast, lesions = mask.tissue(image), np.array([box[1:5] for box in row.boxes])   # (G, 4), x0 y0 x1 y1
+        for _, x0, y0, x1, y1, kind in row.boxes:
+            length = int(np.clip(1.5 * max(x1 - x0, y1 - y0), 64, 400))
+            centre = np.array([y0 + y1, x0 + x1]) / 2 + length * rng.uniform(-0.15, 0.15, 2)
+            corners = [(square_at(image.shape, centre, length), 1, int(kind == 'cancer')),
+                       (free_square(rng, breast, lesions, length), 0, -1)]
+            for corner, mass, malignant in corners:
+                if corner:
+                    top, left = corner
+                    window = image[top:top + length, left:left + length]
+                    found.append((squashed(window, side), mass, malignant, row.patient))
+    pictures, mass, malignant, patients = zip(*found)
+    return list(pictures), dict(mass=np.array(mass), malignant=np.array(malignant)), np.array(patients)
+
+
+def square_at(shape, centre, length):
+    """Corner (top, left) of a square around `centre` (y, x), moved into an image of this shape."""
+    return tuple(int(np.clip(c - length / 2, 0, side - length)) for c, side in zip(centre, shape))
+
+
+def free_square(rng, breast, lesions, length, tries=60):
+    """Corner of a random square on at least .7 tissue that touches no lesion; None if no try finds one."""
+    inside = np.argwhere(breast)
+    for centre in inside[rng.integers(len(inside), size=tries)]:
+        top, left = square_at(breast.shape, centre, length)
+        apart = (lesions[:, 0] >= left + length) | (lesions[:, 2] <= left) \
+            | (lesions[:, 1] >= top + length) | (lesions[:, 3] <= top)
+        if apart.all() and breast[top:top + length, left:left + length].mean() >= 0.7:
+            return top, left
+
+
+def squashed(image, side):
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
+
+
+# ---- 3: the adjacent slice loss --------------------------------------------------------------------------------------
 
 DISTANCES = range(1, 9)
 
@@ -428,7 +507,7 @@ def coherence(x):
     return values
 
 
-# ---- 3: the tissue mask ----------------------------------------------------------------------------------------------
+# ---- 4: the tissue mask ----------------------------------------------------------------------------------------------
 
 RULES = (10, 25, 40, 50, 60, 70, 80, None)                  # percentiles, and the self-tuning threshold
 
@@ -505,33 +584,17 @@ def relaxations(source, rule, masks, draws, grid=37):
     return rows
 
 
-def thresholds(out):
-    """The whole method on the ablation's phantoms with other tau and rho; the first row is the ablation's."""
-    changes = {'self-tuning, rho 0.7': {}} | {f'tau {t}': dict(percentile=float(t)) for t in (25, 70)} \
-        | {f'rho {r}': dict(min_coverage=r) for r in (0.1, 0.9)}
-    recipes = {f'thresholds-{slug(name)}-{seed}' if change else f'mammodino-{seed}':
-               RECIPE | change | dict(seed=seed, data=mixed(out, seed))
-               for name, change in changes.items() for seed in SEEDS}
-    trained = list(pretrained(out, recipes).values())
-    arms = {name: trained[i * len(SEEDS):(i + 1) * len(SEEDS)] for i, name in enumerate(changes)}
-    arms['random init'] = [untrained(RECIPE | dict(seed=seed)) for seed in SEEDS]
-    tests = phantoms(640, (99, 7))
-    write('thresholds', read_out(arms, [p['pixels'][0] for p in tests], labels_of(tests), np.arange(640)))
-
-
-# ---- 4: do masks hide lesions? ---------------------------------------------------------------------------------------
+# ---- 5: do masks hide lesions? ---------------------------------------------------------------------------------------
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
-def hidden(out, sources):
+def hidden(out, mias, boxes):
     """Annotated images, the paper's 518 and 37x37 patches: how often a lesion that a global crop holds whole is wholly
     under the mask, by size and ratio; masks that seek tissue and blind ones. Mean over the crops of a lesion, then over
-    lesions; the interval draws patients. Half of the crops of a training run have no mask at all.
-
-    sources: {name: (data set of datasets.py, its root)}"""
+    lesions; the interval draws patients. Half of the crops of a training run have no mask at all."""
     rows = []
-    for name, (dataset, root) in sources.items():
+    for name, dataset, root in (('mini-MIAS', 'mias', mias), ('CBIS-DDSM masses', 'csv', boxes)):
         volumes = [row for row in datasets.load(dataset, root, boxes=True)[0] if row.boxes]
         counts = {}
         for i, volume in enumerate(volumes):
@@ -575,77 +638,6 @@ def size_of(dataset, side):
     return '4 % of the side or less' if side <= 0.04 else '4-8 %' if side <= 0.08 else 'over 8 %'
 
 
-class LesionsMasked(pretrain.Slices):
-    """The training stream with lesions always or never under the mask. A lesion's patch changes places with another one
-    of its view, on tissue where there is one, so that as many patches are masked as before (unless the lesion alone has
-    more). The local crops show the lesion as they always do."""
-    always, boxes = True, {}                                # {file name: (x0, y0, x1, y1)}
-
-    def sample(self, rng, file, frame):
-        before, out = copy.deepcopy(rng), super().sample(rng, file, frame)
-        image = self.load(file, frame)
-        lesion = box_mask(image.shape, self.boxes[Path(os.fsdecode(self.paths[file])).name])
-        breast = mask.tissue(image, self.cfg.percentile, self.cfg.kernel)
-        shares = [self.shares(copy.deepcopy(before), image, m, breast) for m in (lesion, breast)]
-        for z, on, tissue in zip(out['masks'], *shares):
-            wrong = (on > 0) & (z != self.always)
-            free = (on == 0) & (z == self.always)
-            free = np.flatnonzero(free & (tissue > 0.5) if (free & (tissue > 0.5)).sum() >= wrong.sum() else free)
-            z[rng.choice(free, min(wrong.sum(), len(free)), replace=False)] ^= True
-            z[wrong] = self.always
-        return out
-
-    def shares(self, rng, image, m, breast):
-        """The share of `m` in each patch of the two global views, (2, N): the same random numbers, the same windows."""
-        cfg = self.cfg
-        return sampler.views(rng, image, m, cfg.size, cfg.local_size, 0, cfg.patch, cfg.global_scale,
-                             rho=cfg.min_coverage, placement=breast, jitter=cfg.jitter,
-                             brightness=cfg.brightness, contrast=cfg.contrast,
-                             blurs=cfg.blurs, solarizes=cfg.solarizes)['grids'].reshape(2, -1)
-
-
-def pretrain_with_lesions_masked(arguments):
-    """pretrain.py with the stream above: experiments.py lesions always|never BOXES.csv, then its flags."""
-    with open(arguments[1], newline='') as file:
-        LesionsMasked.boxes = {line['path']: [float(line[edge]) for edge in ('x0', 'y0', 'x1', 'y1')]
-                               for line in csv.DictReader(file)}
-    LesionsMasked.always, pretrain.Slices = arguments[0] == 'always', LesionsMasked
-    pretrain.main(pretrain.parse(pretrain.Config, arguments[2:], pretrain.defaults))
-
-
-def occlusion(out):
-    """Pretraining on 256 projections, each with a lesion whose radius is 2-5 % of the frame's height, every global crop
-    masked: by the method, with the lesion always, with the lesion never under the mask. Then the same detector on each
-    frozen encoder, five epochs: 195 volumes to train, 30 to choose the epoch, 90 to test (60 lesions), the same for
-    all arms."""
-    arms, narrow = ('as the method', 'always', 'never'), dict(lesion=True, width=192)
-    recipes, scripts = {}, {}
-    for seed in SEEDS:
-        data, boxes = folder_of(out, f'lesions-{seed}', 256, (seed, 11), **narrow), f'{out}/lesions-{seed}.csv'
-        found = [p['boxes'][0][1:] for p in phantoms(256, (seed, 11), **narrow)]
-        score.write_csv(boxes, ('path', 'x0', 'y0', 'x1', 'y1'), [(f'{i:04d}.npy', *b) for i, b in enumerate(found)])
-        for arm in arms:
-            recipes[f'lesions-{slug(arm)}-{seed}'] = RECIPE | dict(steps=250, warmup=25, mask_prob=1.0, seed=seed,
-                                                                   data=data)
-            if arm != arms[0]:
-                scripts[f'lesions-{arm}-{seed}'] = ('tests/experiments.py', 'lesions', arm, boxes)
-    pretrained(out, recipes, scripts)
-
-    root = lesion_volumes(Path(out) / 'lesion-volumes')
-    detector = {k: v for k, v in detect.DEMO.items() if k != 'out'} | dict(root=root, epochs=5, draws=100)
-    runs = {f'detect-{slug(arm)}-{seed}': detector | dict(
-        seed=seed, encoder=f'{out}/lesions-{slug(arm)}-{seed}/last.pt') for arm in arms for seed in SEEDS}
-    runs |= {f'detect-random-init-{seed}': detector | dict(
-        seed=seed, encoder=f'{out}/lesions-always-0/last.pt', random_encoder=True) for seed in SEEDS}
-    in_lanes({f'{out}/{name}': detector_command(run | dict(out=f'{out}/{name}'))
-              for name, run in runs.items() if not Path(out, name, 'scores.json').exists()})
-
-    arms = {arm: [f'{out}/detect-{slug(arm)}-{seed}' for seed in SEEDS] for arm in (*arms, 'random init')}
-    scored, weights, drawn = scores(arms, detector['min_distance'])
-    values = {arm: np.array([[s.with_lesions(w)[-1] for w in weights] for s in seeds]) for arm, seeds in scored.items()}
-    write('occlusion', over_seeds(values, drawn, ('never', 'random init'), lesions=len(scored['never'][0].m.home)))
-
-
 def scores(arms, min_distance, draws=500):
     """{arm: runs of detect.py, one a seed, all on the same test set} -> {arm: their score.Scored}, weights of the
     volumes (1 + draws, V + 1), all once, then draws of patients with replacement, and seeds drawn likewise (1 + draws,
@@ -677,22 +669,7 @@ def over_seeds(values, drawn, references, **more):
     return rows
 
 
-def lesion_volumes(folder):
-    """315 volumes of 8 slices, two thirds with a lesion, and lesions.csv as detect.py takes it. -> the folder"""
-    if not (folder / 'lesions.csv').exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for i in range(315):
-            split = 'train' if i < 195 else 'val' if i < 225 else 'test'
-            p = phantom.breast(np.random.default_rng([99, 12, i]), slices=8, lesion=i % 3 > 0)
-            np.save(folder / f'{i:04d}.npy', pretrain.prepared(p))
-            rows += [(f'{i:04d}.npy', split, int(z), *box) for z, *box in p.boxes] or \
-                [(f'{i:04d}.npy', split, '', '', '', '', '')]
-        score.write_csv(folder / 'lesions.csv', ('path', 'split', 'frame', 'x0', 'y0', 'x1', 'y1'), rows)
-    return str(folder)
-
-
-# ---- 5: where does it look? (MammoDINO Fig. 3) ----------------------------------------------------------------------
+# ---- 6: where does it look? (MammoDINO Fig. 3) -----------------------------------------------------------------------
 
 def attention(out, side=168):
     """Where the last block's CLS token looks (mean over heads), and what the first principal component of the patch
@@ -755,7 +732,7 @@ def looks(heat, component, tissue, lesion):
     return values
 
 
-# ---- 6: fused representations of FFDM and SM ------------------------------------------------------------------------
+# ---- 7: fused representations of FFDM and SM -------------------------------------------------------------------------
 
 SEEN = ('ffdm', 'sm', 'ffdm', 'both', 'ffdm', 'sm', 'neither', None)        # where a lesion shows; None: there is none
 
@@ -857,17 +834,16 @@ def areas_by_class(m, weight, classes):
         return width[width > 0] @ (found @ count.T / count.sum(1))
 
 
-# ---- 7: three detectors ---------------------------------------------------------------------------------------------
+# ---- 8: three detectors ----------------------------------------------------------------------------------------------
 
 DETR = {k: detect.DETR_DEMO[k] for k in ('queries', 'layers', 'denoising', 'lr')} | dict(head='detr')
 REAL_DETECTOR = dict(size=252, channels=64, batch=16, micro_batch=16, workers=0, dropout=0.05, lr=2e-3, draws=100)
 
 
-def detectors(out, sources, encoder):
+def detectors(out, mias, boxes, encoder):
     """RetinaNet and DINO-DETR on the same encoder with as many epochs, and on the SM of the paired phantoms the fused
     detector of `fused`, which has had A, B and C trained before; beside it RetinaNet trained as long as its last two
-    stages. sources {name: (detect.py's data set, root, pixels of a hit, epochs)}: real mammograms, seed 0, frozen
-    `encoder`."""
+    stages. On real films seed 0 and the frozen `encoder`."""
     place, rows = f'{out}/pairs-{TRACES[0]}', []
     root = pairs_of_phantoms(Path(place), TRACES[0])
     base = PAIRED | dict(encoder=f'{out}/mammodino-0/last.pt', root=f'{root}/sm.csv', epochs=8)
@@ -876,7 +852,8 @@ def detectors(out, sources, encoder):
                                 'RetinaNet, 4 epochs more': [f'{place}/fused-A-{seed}' for seed in SEEDS],
                                 'DINO-DETR': [f'{place}/detr-{seed}' for seed in SEEDS],
                                 'fused': [f'{place}/fused-B-{seed}' for seed in SEEDS]}, PAIRED['min_distance'])}
-    for name, (dataset, root, reach, epochs) in sources.items():
+    for name, dataset, root, reach, epochs in (('CBIS-DDSM masses', 'csv', boxes, 20.0, 4),
+                                               ('mini-MIAS', 'mias', mias, 25.0, 12)):
         real = REAL_DETECTOR | dict(dataset=dataset, root=root, min_distance=reach, epochs=epochs, encoder=encoder)
         todo |= {f'{out}/{slug(name)}-retinanet': real, f'{out}/{slug(name)}-detr': real | DETR}
         runs[name] = {'RetinaNet': [f'{out}/{slug(name)}-retinanet'], 'DINO-DETR': [f'{out}/{slug(name)}-detr']}, reach
@@ -913,16 +890,14 @@ def milliseconds(run, rounds=25):
 # ---- tables and pictures ---------------------------------------------------------------------------------------------
 
 def tables():
-    """Every table of the README's section on evidence, as text, {experiment: Markdown}; a test compares them."""
+    """Every table of tests/results/README.md, as text, {experiment: Markdown}; a test compares them."""
+    found = dict(windows=table_of_arms('windows', 'random init'), longer=table_of_arms('longer', 'random init', 'step'),
+                 rates=table_of_arms('rates', 'random init', 'network'), ablation=table_of_arms('ablation', 'DINOv2'),
+                 adjacent=table_of_distances(), tissue=table_of_masks(), relaxed=table_of_relaxations(),
+                 hidden=table_of_hidden_lesions(), attention=table_of_attention(), fused=table_of_fused(),
+                 detectors=table_of_detectors())
     return {name: '\n'.join(f"| {' | '.join(map(str, line))} |" for line in table)
-            for name, table in (('ablation', table_of_arms('ablation', 'phantoms')),
-                                ('ablation, mini-MIAS', table_of_arms('ablation', 'mias')),
-                                ('ablation, CBIS-DDSM', table_of_arms('ablation', 'ddsm')),
-                                ('adjacent', table_of_distances()), ('tissue', table_of_masks()),
-                                ('relaxed', table_of_relaxations()), ('thresholds', table_of_arms('thresholds')),
-                                ('hidden', table_of_hidden_lesions()), ('occlusion', table_of_occlusion()),
-                                ('attention', table_of_attention()), ('fused', table_of_fused()),
-                                ('detectors', table_of_detectors()))}
+            for name, table in found.items() if len(table) > 2}         # an experiment may have no rows yet
 
 
 def number(v, signed=False):
@@ -947,25 +922,23 @@ def spread(values):
     return f'{number(np.mean(values))} ({number(min(values))}\u2013{number(max(values))})'
 
 
-def table_of_arms(name, data=None):
-    """Mean over seeds, the seeds' range, the difference from the first arm with its interval."""
-    rows = [row for row in read(name) if data is None or row['data'] == data]
+def table_of_arms(name, reference, part=None):
+    """Mean over seeds, the seeds' range, the difference from the arm `reference` with its interval. `part`: a column
+    whose values make parts of the table."""
+    rows = read(name)
     columns = list(dict.fromkeys((row['task'], row['readout']) for row in rows))
-    arms = list(dict.fromkeys(row['arm'] for row in rows))
-    lines = heads('we measured', *(f"{task}, {readout}, {'AUC' if task in ('lesion', 'cancer') else 'accuracy'}"
-                                   for task, readout in columns))
-    for arm in sorted(arms, key=lambda arm: ('chance', 'random init').index(arm) if arm in ('chance', 'random init')
-                      else 2):
+    names = (f"{task}, {readout}, {'accuracy' if task == 'density' else 'AUC'}" for task, readout in columns)
+    lines = heads(f'we measured, {part}' if part else 'we measured', *names)
+    for value, arm in dict.fromkeys((row[part] if part else '', row['arm']) for row in rows):
         cells = []
-        for task, readout in columns:
-            found = {row['seed']: row for row in rows
-                     if (row['task'], row['readout'], row['arm']) == (task, readout, arm)}
-            seeds = [row['value'] for seed, row in found.items() if seed.isdigit()]
-            gain = next((row for seed, row in found.items() if seed not in ('mean - random init', 'mean')
-                         and seed.startswith('mean')), None)
-            cells.append((spread(seeds) if seeds else number(found['']['value'])) + (
+        for column in columns:
+            found = {row['seed']: row for row in rows if (row['task'], row['readout']) == column
+                     and row['arm'] == arm and (not part or row[part] == value)}
+            seeds = [row['value'] for seed, row in found.items() if not seed.startswith('mean')]
+            gain = found.get(f'mean - {reference}')
+            cells.append((spread(seeds) if len(seeds) > 1 else number(seeds[0])) + (
                 f"; {number(gain['value'], True)} {between(gain['low'], gain['high'], True)}" if gain else ''))
-        lines.append([arm, *cells])
+        lines.append([f'{value}: {arm}' if part else arm, *cells])
     return lines
 
 
@@ -1022,19 +995,6 @@ def table_of_hidden_lesions():
     return lines
 
 
-def table_of_occlusion():
-    """Mean sensitivity at 1 to 4 false positives."""
-    rows = read('occlusion')
-    lines = heads('we measured', *(f'seed {seed}' for seed in SEEDS), 'mean', 'difference from never')
-    for arm in dict.fromkeys(row['arm'] for row in rows):
-        here = {row['seed']: row for row in rows if row['arm'] == arm}
-        gain = here.get('mean - never')
-        lines.append([arm, *(number(here[str(seed)]['value']) for seed in SEEDS),
-                      f"{number(here['mean']['value'])} {between(here['mean']['low'], here['mean']['high'])}",
-                      f"{number(gain['value'], True)} {between(gain['low'], gain['high'], True)}" if gain else ''])
-    return lines
-
-
 def table_of_attention():
     """Mean and range of the seeds."""
     rows = read('attention')
@@ -1083,22 +1043,21 @@ def table_of_detectors():
     return lines
 
 
-def pictures(demo, out):
-    """.github/figures: curves.png of the demo's log, pair.png, projections.png, ablation.png, looks.png."""
-    figures = ROOT / '.github' / 'figures'
-    log = [json.loads(line) for line in (Path(demo) / 'log.jsonl').read_text().splitlines()[1:]]
+def pictures(demo, folder):
+    """curves.png of the log of a run of pretrain.py, if there is one, pair.png and projections.png in `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pair_picture().save(folder / 'pair.png')
+    projections_picture().save(folder / 'projections.png')
+    log = Path(demo) / 'log.jsonl'
+    if not log.exists():
+        return print(f'{demo} holds no run of pretrain.py: no curves.png')
+    lines = [json.loads(line) for line in log.read_text().splitlines()[1:]]
     names = dict(image='DINO-M', patch='iBOT-M', slice='DINO-adj', koleo='KoLeo', teacher_entropy='teacher entropy',
                  effective_rank='effective rank of CLS')
-    side_by_side([curve(title, [(line['step'], line[name]) for line in log]) for name, title in names.items()], 3).save(
-        figures / 'curves.png')
-    pair_picture().save(figures / 'pair.png')
-    projections_picture().save(figures / 'projections.png')
-    looks_picture(out).save(figures / 'looks.png')
-    rows = [row for row in read('ablation') if row['data'] == 'phantoms']
-    panels = {key: [row for row in rows if (row['task'], row['readout']) == key] for key in
-              ((task, readout) for task in ('density', 'lesion') for readout in ('CLS k-NN', 'patches linear'))}
-    side_by_side([dots(f"{task}, {readout}, {'AUC' if task == 'lesion' else 'accuracy'}", found)
-                  for (task, readout), found in panels.items()], 2).save(figures / 'ablation.png')
+    panels = [np.array(curve(title, [(line['step'], line[name]) for line in lines])) for name, title in names.items()]
+    sheet = np.vstack([np.hstack(panels[:3]), np.hstack(panels[3:])])
+    score.halved(Image.fromarray(sheet)).save(folder / 'curves.png')
 
 
 def curve(title, points, width=560, height=400):
@@ -1117,43 +1076,7 @@ def curve(title, points, width=560, height=400):
     return canvas
 
 
-def dots(title, rows, width=1000, height=520):
-    """A line for each arm: a small dot for each seed, the mean with its interval."""
-    arms = ['random init', *dict.fromkeys(row['arm'] for row in rows if row['arm'] not in ('chance', 'random init'))]
-    seeds = {arm: [float(row['value']) for row in rows if row['arm'] == arm and row['seed'].isdigit()] for arm in arms}
-    mean = {row['arm']: [float(row[k]) for k in ('low', 'value', 'high')] for row in rows if row['seed'] == 'mean'}
-    shown = np.concatenate([*seeds.values(), *mean.values()])
-    low, high = np.floor(shown.min() * 20) / 20, np.ceil(shown.max() * 20) / 20
-    canvas, left, right = Image.new('RGB', (width, height), 'white'), 350, width - 50
-    pen = ImageDraw.Draw(canvas)
-
-    def at(value):
-        return left + (right - left) * (value - low) / (high - low)
-    for tick in np.arange(low, high + 0.01, 0.05):
-        pen.line((at(tick), 60, at(tick), height - 60), '#E5E5E5', 2)
-        pen.text((at(tick), height - 52), f'{tick:.2f}'.replace('0.', '.'), 'black', score.font(22), anchor='ma')
-    pen.text((left, 14), title, 'black', score.font(28))
-    for i, arm in enumerate(arms):
-        y = 95 + i * (height - 190) / (len(arms) - 1)
-        colour = '#999999' if arm == 'random init' else score.COLOURS[0]
-        pen.text((left - 16, y), arm, 'black', score.font(24), anchor='rm')
-        pen.line((at(mean[arm][0]), y, at(mean[arm][2]), y), colour, 4)
-        pen.circle((at(mean[arm][1]), y), 11, colour)
-        for value in seeds[arm]:
-            pen.circle((at(value), y + 16), 4, 'black')
-    return canvas
-
-
-def side_by_side(panels, columns):
-    """Panels of one size in rows, shrunk to half for smooth lines."""
-    width, height = panels[0].size
-    sheet = Image.new('RGB', (columns * width, -(-len(panels) // columns) * height), 'white')
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (i % columns * width, i // columns * height))
-    return score.halved(sheet)
-
-
-def pair_picture(d=4, side=300):
+def pair_picture(d=2, side=300):
     """A slice and its neighbour d away with the window that both share, the two views of the pair, their difference."""
     p = phantoms(1, (3, 14), slices=16, lesion=True)[0]
     k = int(np.clip(p['boxes'][0][0], d, 15 - d))
@@ -1164,7 +1087,7 @@ def pair_picture(d=4, side=300):
     panels = [(framed(image, box, side), name) for image, name in ((a, f'slice {k}'), (b, f'slice {k + d}'))]
     panels += [(view, name) for view, name in zip(views, ('view of the student', 'view of the teacher'))]
     apart = np.abs(views[0].astype(int) - views[1])
-    panels.append((np.uint8(np.clip(3 * apart, 0, 255)), 'their difference, times 3'))
+    panels.append((np.uint8(apart), 'their difference'))
     panels = [(np.repeat(image[..., None], 3, -1) if image.ndim == 2 else image, name) for image, name in panels]
     sheet = Image.new('RGB', (sum(image.shape[1] + 8 for image, _ in panels) + 8, side + 44), 'white')
     x = 8
@@ -1186,21 +1109,6 @@ def projections_picture(trace=0.3, side=256):
     return sampler.sheet([[(column, f'seen in {name}') for column, name in zip(columns, contrasts)]])
 
 
-def looks_picture(out, side=168, shown=3):
-    """The attention of seed 0 on the first phantoms of `attention`, the lesion in its box."""
-    found, arms = phantoms(shown, (99, 13), lesion=True), ('DINOv2', '+ DINO-M & iBOT-M', 'MammoDINO')
-    encoders = {'random init': untrained(RECIPE | dict(seed=0))} \
-        | {arm: vit.load(f'{out}/{slug(arm)}-0/last.pt') for arm in arms}
-    columns = [np.vstack([framed(p['pixels'][0], p['boxes'][0][[2, 1, 4, 3]], 256) for p in found])]
-    for encoder in encoders.values():
-        with torch.no_grad():
-            heat = encoder.attention(squares(found, side)).mean(1)                      # (shown, h, w)
-        heat = (heat / heat.amax((1, 2), keepdim=True)).numpy()
-        columns.append(np.vstack([vit.overlay(p['pixels'][0], h) for p, h in zip(found, heat)]))
-    names = ['phantom, lesion', *(f'attention, {arm}' for arm in encoders)]
-    return sampler.sheet([list(zip(columns, names))])
-
-
 def framed(image, box, side):
     """The image, `side` high, with a window drawn on it, uint8 (side, W, 3)."""
     f = side / image.shape[0]
@@ -1211,36 +1119,27 @@ def framed(image, box, side):
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['lesions']:
-        sys.exit(pretrain_with_lesions_masked(sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=('difficulty', 'ablation', 'adjacent', 'tissue', 'thresholds', 'hidden',
-                                         'occlusion', 'attention', 'fused', 'detectors', 'tables', 'pictures'))
-    parser.add_argument('sources', nargs='*', help='tissue: NAME=FILE of CSV files')
+    parser.add_argument('what', choices=('windows', 'rates', 'longer', 'ablation', 'adjacent', 'tissue', 'hidden',
+                                         'attention', 'fused', 'detectors', 'tables', 'pictures'))
+    parser.add_argument('sources', nargs='*', default=[], help='tissue: NAME=FILE of CSV files')
     parser.add_argument('--out', default='runs/experiments', help='folder of phantoms and encoders')
-    parser.add_argument('--data', help='ablation: prepared mammograms to pretrain on; phantoms without it')
+    parser.add_argument('--data', help='films of CBIS-DDSM and others after prepare.py --side 512')
     parser.add_argument('--mias', help='folder of mini-MIAS')
-    parser.add_argument('--cbis', help='folder of CBIS-DDSM')
-    parser.add_argument('--boxes', help='hidden, detectors: boxes in CBIS-DDSM, a list as detect.py takes it')
+    parser.add_argument('--boxes', help='masses of CBIS-DDSM, a list as detect.py takes it')
     parser.add_argument('--encoder', help='detectors: a last.pt of pretrain.py, trained on real mammograms')
     parser.add_argument('--demo', default='runs/demo', help='pictures: the run whose curves are drawn')
+    parser.add_argument('--figures', default='runs/figures', help='pictures: the folder to write')
     args = parser.parse_args()
-    if args.what not in ('tables', 'pictures'):
-        Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.what == 'tables':
         print(*(f'## {name}\n{table}\n' for name, table in tables().items()), sep='\n')
-    elif args.what == 'ablation' and args.data:
-        ablation_on_real_images(args.out, args.data, {k: v for k, v in (('mias', args.mias), ('ddsm', args.cbis)) if v})
     elif args.what == 'pictures':
-        pictures(args.demo, args.out)
-    elif args.what == 'hidden':
-        hidden(args.out, {name: where for name, where in (
-            ('mini-MIAS', ('mias', args.mias)), ('CBIS-DDSM masses', ('csv', args.boxes))) if where[1]})
-    elif args.what == 'detectors':
-        real = {'CBIS-DDSM masses': ('csv', args.boxes, 20.0, 4), 'mini-MIAS': ('mias', args.mias, 25.0, 12)}
-        detectors(args.out, {name: where for name, where in real.items() if where[1]}, args.encoder)
-    elif args.what == 'tissue':
-        tissue(args.out, args.sources)
+        pictures(args.demo, args.figures)
     else:
-        dict(difficulty=difficulty, ablation=ablation, adjacent=adjacent, thresholds=thresholds, occlusion=occlusion,
-             attention=attention, fused=fused)[args.what](args.out)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        films = args.data, args.mias, args.boxes
+        given = dict(windows=(args.data, args.boxes), rates=films, longer=films, tissue=(args.sources,),
+                     hidden=(args.mias, args.boxes), detectors=(args.mias, args.boxes, args.encoder))
+        run = dict(windows=windows, rates=rates, longer=longer, ablation=ablation, adjacent=adjacent, tissue=tissue,
+                   hidden=hidden, attention=attention, fused=fused, detectors=detectors)[args.what]
+        run(args.out, *given.get(args.what, ()))

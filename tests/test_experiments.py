@@ -2,12 +2,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 import experiments
-import phantom
 import pretrain
-from experiments import ARMS, RECIPE, LesionsMasked
+from experiments import ARMS, RECIPE
 
 
 def test_a_recipe_becomes_the_command_line_that_gives_it():
@@ -24,28 +22,22 @@ def test_arms_without_slice_pairs_get_the_steps_that_they_save():
         RECIPE['steps'] * (views + pair / 3) / views)
 
 
-@pytest.mark.parametrize('always', [True, False])
-def test_lesions_are_always_or_never_masked_and_as_many_patches_as_before(always, tmp_path, monkeypatch):
-    """The lesion is the only white in the image, so that it can be found in the views themselves."""
-    rng, box = np.random.default_rng(0), (70, 100, 80, 112)                             # x0 y0 x1 y1
-    y, x = np.mgrid[:256, :192]
-    image = np.uint8(((y - 128) ** 2 / 120 ** 2 + x ** 2 / 150 ** 2 < 1) * rng.integers(80, 120, (256, 192)))
-    image[100:112, 70:80] = 255
-    phantom.dataset(tmp_path, [image[None]])
-    cfg = pretrain.Config(**RECIPE | dict(data=str(tmp_path), mask_prob=1.0, jitter=0.0, blurs=(0.0, 0.0, 0.0)))
-    monkeypatch.setattr(LesionsMasked, 'boxes', {'0000.npy': box})
-    monkeypatch.setattr(LesionsMasked, 'always', always)
-    plain, marked = (kind(cfg, tmp_path) for kind in (pretrain.Slices, LesionsMasked))
-    changed, shown = 0, 0
-    for i in range(40):
-        before, after = plain[i], marked[i]
-        assert (before['globals'] == after['globals']).all()
-        assert (before['masks'].sum(1) == after['masks'].sum(1)).all()
-        white = after['globals'].reshape(2, 6, 14, 6, 14).swapaxes(2, 3).reshape(2, 36, 196) > 180
-        lesion = white.mean(2) > 0.05                       # a resampled edge reaches a pixel farther
-        assert (after['masks'][lesion] == always).all()
-        changed, shown = changed + (before['masks'] != after['masks']).sum(), shown + lesion.sum()
-    assert changed and shown
+def test_a_window_without_a_mass_lies_on_tissue_and_touches_none():
+    breast, lesions = np.zeros((300, 400), bool), np.array([[60, 40, 120, 100], [150, 200, 210, 260]])     # x0 y0 x1 y1
+    breast[:, :250] = True
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(40):
+        corner = experiments.free_square(rng, breast, lesions, 80)
+        if corner:
+            top, left = corner
+            touched = np.zeros_like(breast)
+            for x0, y0, x1, y1 in lesions:
+                touched[y0:y1, x0:x1] = True
+            window = slice(top, top + 80), slice(left, left + 80)
+            assert not touched[window].any() and breast[window].mean() >= 0.7
+            found += 1
+    assert found > 30
+    assert experiments.free_square(rng, breast, np.array([[0, 0, 400, 300]]), 80) is None
 
 
 def test_linear_and_k_nn_read_what_can_be_read_and_never_from_the_same_patient():
@@ -88,10 +80,10 @@ def test_a_lesion_is_under_a_mask_where_all_patches_that_it_touches_are(monkeypa
             assert masked.sum() == round(ratio * 37 * 37)
 
 
-def test_the_readme_holds_the_tables_of_the_results():
-    readme = (ROOT / 'README.md').read_text()
+def test_the_page_of_results_holds_the_tables_of_the_rows():
+    page = (experiments.RESULTS / 'README.md').read_text()
     for name, table in experiments.tables().items():
-        assert table in readme, f'`python tests/experiments.py tables` prints another table of {name}'
+        assert table in page, f'`python tests/experiments.py tables` prints another table of {name}'
 
 
 def test_features_of_an_image_do_not_depend_on_its_neighbours():

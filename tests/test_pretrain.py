@@ -125,7 +125,8 @@ def test_without_data_it_is_the_demo_and_small_is_its_network_on_your_data():
 @pytest.mark.parametrize('flags, words', [
     (['--batch', '30', '--micro_batch', '16'], 'does not divide into 1 ranks x --micro_batch 16'),
     (['--size', '500'], 'must be multiples of --patch 14'),
-    (['--steps', '1000'], '--steps 1000 must exceed --warmup 12500, --freeze_last_layer 1250, --teacher_temp_steps 37500')])
+    (['--steps', '1000'],
+     '--steps 1000 must exceed --warmup 12500, --freeze_last_layer 1250, --teacher_temp_steps 37500')])
 def test_what_cannot_work_is_refused_at_once(flags, words):
     with pytest.raises(ValueError, match=words):
         pretrain.check(parse(Config, ['--data', 'x', *flags], pretrain.defaults), 1)
@@ -264,7 +265,8 @@ def test_the_demo_runs_under_torchrun_and_leaves_what_it_promises(demo):
         assert line['kl'] >= 0 and 0 <= line['teacher_entropy'] <= math.log(32) + 1e-6
     assert lines[-1]['slice'] > 0
     state = torch.load(out / 'last.pt', weights_only=True)
-    assert state['step'] == 6 and torch.equal(vit.load(out / 'last.pt').pos_embed, state['teacher']['backbone.pos_embed'])
+    assert state['step'] == 6
+    assert torch.equal(vit.load(out / 'last.pt').pos_embed, state['teacher']['backbone.pos_embed'])
 
 
 def test_the_teacher_is_the_moving_average_of_the_student(demo):

@@ -53,7 +53,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_litter(tmp_path):
     ("KeyboardInterrupt()", 'stopped'),
     ("torch.OutOfMemoryError('CUDA')", 'out of memory; lower'),
     ("RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')", 'a data worker died'),
-    ("RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. out of shared memory')", '/dev/shm is full'),
+    ("RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. out of shared memory')",
+     '/dev/shm is full'),
     ("RuntimeError('[gloo/transport/tcp/pair.cc] Connection closed by peer')", 'another rank has ended'),
     ("KeyError('a bug')", "KeyError: 'a bug'")])
 def test_what_a_user_can_mend_is_one_sentence_and_a_bug_keeps_its_traceback(error, words):

@@ -98,7 +98,8 @@ def detector_run(folder, shift=0.0, slices=8):
     folder.mkdir(parents=True)
     key = [('P1', 'S', 'lcc'), ('P2', 'S', 'lcc'), ('P3', 'S', 'lcc')]
     score.write_csv(folder / 'labels.csv', score.LABEL, [(*k, 0, 0, 0, 1) for k in key])
-    boxes = [(*k, '', min(4, slices - 1), 300, 300, 50, 50, kind, '', slices) for k, kind in zip(key, ('cancer', 'benign'))]
+    boxes = [(*k, '', min(4, slices - 1), 300, 300, 50, 50, kind, '', slices)
+             for k, kind in zip(key, ('cancer', 'benign'))]
     score.write_csv(folder / 'boxes.csv', score.BOX, boxes)
     score.write_csv(folder / 'predictions.csv', score.PREDICTION, [
         (*key[0], 300 + shift, 50, 300, 50, 3, 2, 0.9), (*key[2], 10, 50, 10, 50, 1, 1, 0.8)])

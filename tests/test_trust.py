@@ -43,7 +43,8 @@ def test_no_header_value_is_written_anywhere(tmp_path, monkeypatch, capfd):
     raw.mkdir()
     lines = ['path,patient,cancer,x0,y0,x1,y1,frame,split']
     for i in range(20):
-        example = phantom.breast(np.random.default_rng(i), lesion=True, slices=2 if i == 0 else 1, height=280, width=210)
+        example = phantom.breast(np.random.default_rng(i), lesion=True, slices=2 if i == 0 else 1, height=280,
+                                 width=210)
         dicom(raw / f'{i}.dcm', uid.ExplicitVRLittleEndian, SECRETS | dict(
             Rows=280, Columns=210, BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0, SamplesPerPixel=1,
             PhotometricInterpretation='MONOCHROME2', WindowCenter=128, WindowWidth=200, PatientAge='070Y',
