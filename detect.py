@@ -786,7 +786,7 @@ def write(out, rows, found):
 
 def predict(argv, device, restored=restored):
     """Findings in one file: findings.json, and a picture of each"""
-    parser = argparse.ArgumentParser(prog='predict')
+    parser = argparse.ArgumentParser(prog=f'{Path(sys.argv[0]).name} predict')
     parser.add_argument('file', metavar='FILE', help='a mammogram or a DBT volume')
     parser.add_argument('--checkpoint', required=True, metavar='RUN', help='a finished run')
     parser.add_argument('--threshold', type=float, help='least score; by default that at one false '

@@ -257,6 +257,9 @@ def load(cfg):
     if not rows:
         no_label = f'{cfg.dataset} has no {cfg.task} label; it takes one of {", ".join(tasks)}'
         raise ValueError(datasets.REFUSED.get((cfg.dataset, cfg.task), no_label))
+    if cfg.dataset == 'csv' and cfg.task == 'density' and set(cfg.classes) <= set('abcd'):
+        for row in rows:
+            row.labels['density'] = row.labels['density'].lower()
     classes = list(cfg.classes or tasks[cfg.task] or sorted({row.labels[cfg.task] for row in rows}))
     for row in rows:
         label = row.labels[cfg.task]
@@ -728,7 +731,8 @@ def test(argv, device):
     args = vars(parser.parse_args(argv))
     folder = args.pop('checkpoint')
     own, encoder, head, classes, threshold = restored(folder)
-    cfg = replace(own, **args, classes=(), subgroup=None)
+    own_labels = tuple(classes) if args['dataset'] == 'csv' else ()     # a list uses those of the head
+    cfg = replace(own, **args, classes=own_labels, subgroup=None)
     units, theirs, notes = on_rank_0(load, cfg)
     if len(theirs) != len(classes):
         raise ValueError(f'the classes of {cfg.dataset} are {", ".join(theirs)}, those of the head '

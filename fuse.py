@@ -39,6 +39,7 @@ checkpoint = cache(detect.checkpoint)                       # its recipe and its
 @dataclass
 class Config(detect.Config):
     """The flags of detect.py and two more. [sharma] is arXiv 2408.08560."""
+    out: str = option('runs/fuse', 'ours', 'folder of this run', group='the run')
     paired: str | None = option(None, 'sharma', 'list of the other images of the same views: FFDM',
                                 group='fusion')
     other: str | None = option(None, 'sharma', 'mimic: C, to be imitated; fuse: B, beside A')

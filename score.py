@@ -557,7 +557,7 @@ def radar_polygons(runs, tables):
 
 def main(argv):
     """Scores runs or submissions. The truth of a submission is given, that of a run lies in its folder."""
-    parser = argparse.ArgumentParser(usage=__doc__)
+    parser = argparse.ArgumentParser(usage=__doc__.replace('%', '%%'))
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run, or a submission')
     parser.add_argument('--labels', help='BCS-DBT-labels-*.csv; by default that of the first run')
     parser.add_argument('--boxes', help='BCS-DBT-boxes-*.csv; by default that of the first run')

@@ -130,3 +130,9 @@ def test_depth_plays_no_part_in_a_mammogram_and_what_is_no_number_is_named(tmp_p
     (run / 'predictions.csv').write_text((run / 'predictions.csv').read_text().replace('0.9', 'high'))
     with pytest.raises(ValueError, match="line 2: Score is 'high'"):
         score.read_predictions(run)
+
+
+def test_help_shows_the_usage_of_the_docstring(capsys):
+    with pytest.raises(SystemExit) as end:
+        score.main(['--help'])
+    assert end.value.code == 0 and '95 % bootstrap' in capsys.readouterr().out
