@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 
-os.environ['OMP_NUM_THREADS'] = '1'                        # tiny networks: a second thread would wait more than work
+os.environ['OMP_NUM_THREADS'] = '1'                         # tiny networks: a second thread would wait more than work
 os.environ['CUDA_VISIBLE_DEVICES'] = ''                     # the same numbers with and without a GPU
 
 import pytest
