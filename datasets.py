@@ -195,6 +195,9 @@ def usable(rows, boxes, notes):
                 raise ValueError(row.unplaced)
             if boxes and row.boxes:
                 row.shape = row.shape or shape(row.file)
+                slices = int(row.record.get('VolumeSlices') or row.shape[0])    # BCS-DBT says it
+                if slices != row.shape[0]:
+                    raise ValueError(f'{row.file}: {row.shape[0]} slices, {slices} by its boxes')
         except (ValueError, OSError) as problem:
             faults.append(problem)
             row.shape = None
@@ -489,6 +492,8 @@ def own_row(path, r):
         if r[column] not in ('', *allowed):
             raise ValueError(f'{path}, line {r.number}: {column} is {r[column]!r}; expected '
                              f'{" or ".join(allowed)}, or blank')
+    if any(re.fullmatch(r'\d+,\d+', r[column]) for column in ('label', *TASKS)):
+        raise ValueError(f'{path}, line {r.number}: a label with a decimal comma; write a point')
     frame, boxes = int(number(r, 'frame', path)) if r['frame'] else None, []
     if any(r[edge] for edge in EDGES):
         x0, y0, x1, y1 = (number(r, edge, path) for edge in EDGES)

@@ -254,6 +254,16 @@ def test_bcs_dbt_is_read_as_published_and_the_latest_edition_of_a_csv_counts(bcs
     refused('BCS-DBT-labels, -boxes or -file-paths-validation*.csv is absent', load, 'bcs', bcs)
 
 
+def test_a_test_volume_of_another_depth_than_its_boxes_say_stays_and_its_lesions_count_as_missed(bcs, monkeypatch):
+    monkeypatch.setattr(datasets, 'MAX_ABSENT', 0.2)
+    path = bcs / 'BCS-DBT-boxes-test-v2.csv'
+    path.write_text(path.read_text().replace(',0,4', ',0,60'))
+    rows, notes = load('bcs', bcs, boxes=True)
+    assert '1 of 9 files are absent or unusable' in notes[0] and '4 slices, 60 by its boxes' in notes[0]
+    assert [(row.split, row.shape) for row in rows if row.boxes] == [
+        ('train', (4, 60, 40)), ('val', (4, 60, 40)), ('test', None)]
+
+
 def test_a_task_that_a_data_set_does_not_define_has_a_reason():
     assert set(datasets.CLASSES) == set(datasets.DATASETS)
     for name, task in datasets.REFUSED:
@@ -351,6 +361,7 @@ def test_lines_of_one_image_are_one_row_with_several_boxes(tmp_path):
 
 @pytest.mark.parametrize('head, lines, words', [
     ('path,patient,label', ['a,p,1', 'b,,1'], 'line 3: no patient'), ('path,label', ['a,1'], 'line 2: no patient'),
+    ('path,patient,birads', ['a,p,3', 'b,q,"3,5"'], 'line 3: a label with a decimal comma'),
     ('path,x0,y0,x1', ['a,1,1,5'], "line 2: y1 is ''; expected a number"),
     ('path,patient,laterality', ['a,p,B'], "line 2: laterality is 'B'; expected L or R, or blank"),
     ('path,patient,split', ['a,p,train', 'b,p,test'], "line 3: patient p is in split 'test', above in 'train'"),
