@@ -77,7 +77,7 @@ class Config:
     freeze: bool | None = option(None, 'dbt-dino 6.2', 'train the head alone; all but mlp do')
 
     out: str = option('runs/finetune', 'ours', 'folder of this run', group='the run')
-    cache: str = option('runs/features', 'dbt-dino 6.2.1', 'frozen features, by file and weights')
+    cache: str = option('runs/features', 'dbt-dino 6.2.1', 'frozen features, by unit and weights')
     seed: int = option(0, 'ours', 'split, head, order, bootstrap')
     workers: int = option(min(4, os.cpu_count() or 1), 'ours', 'data processes per rank')
     amp: bool | None = option(None, 'dbt-dino 6.2.1', 'bf16 of the encoder; by default on GPUs')
