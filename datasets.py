@@ -1,4 +1,4 @@
-"""Mammography data sets, as published, become rows with labels and boxes (MammoDINO 3.3; DBT-DINO 2.4).
+"""Mammography data sets, as published, become rows with labels and boxes (MammoDINO 3.3; DBT-DINO 2.1).
 
     rows, notes = load('vindr', 'VINDR')            # rsna, vindr, cbis, cmmd, cesm, mias, bcs or csv
     row.path, row.patient, row.split, row.labels['density'], row.boxes
@@ -18,7 +18,6 @@ import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
-from itertools import combinations
 from operator import itemgetter
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import pydicom
 from scipy import ndimage
 from tqdm import tqdm
 
-from images import listing, read, shape
+from images import listing, read, shape    # not the module: `images` is a folder below
 
 TASKS = ('cancer', 'lesion', 'lesion_type', 'birads', 'density', 'risk')
 TYPES = ('calcification', 'mass', 'both')
@@ -49,26 +48,27 @@ REFUSED = {                             # tasks without labels where there is mo
     ('cbis', 'lesion'): 'CBIS-DDSM has no normal breasts; add those of DDSM and use --dataset csv',
     ('cmmd', 'birads'): 'CMMD has no BI-RADS; join the sheet of TOMPEI-CMMD, use --dataset csv'}
 CLASSES['ddsm'], REFUSED['ddsm', 'lesion'] = CLASSES['cbis'], REFUSED['cbis', 'lesion']
-RULES = dict(vindr=('birads5', 'birads45'), cmmd=('unlisted',))             # values of --cancer_rule
+RULES = dict(vindr=dict(birads5='5', birads45='45'),    # --cancer_rule -> the BI-RADS that count as cancer
+             cmmd=dict(unlisted=None))                  # breasts without a row count as healthy
 MAX_ABSENT = 0.05                       # share of files that may be absent or unusable
 
 
 @dataclass
 class Row:
     """A mammogram, a DBT volume, or one frame of a volume."""
-    path: str                           # of the file to read: below --images where that is given
+    path: str                           # of the file to read; another than `file` only with --images
     patient: str
     exam: str = ''                      # of a patient with several; the challenge's StudyUID
     laterality: str = ''                # L or R
     view: str = ''                      # CC, MLO, ...; BCS-DBT: lcc, rmlo2, ...
-    split: str = ''                     # train, val or test; '' until `assign`
+    split: str = ''                     # train, val or test; '' until `assign` if none is published
     labels: dict = field(default_factory=dict)      # task -> label as text; risk -> see `follow_up`
     boxes: list = field(default_factory=list)       # (frame, x0, y0, x1, y1, kind), pixels of `file`
     normal: bool = True                 # without boxes it may serve as a normal in training
     frame: int | None = None            # None: every frame of the file
     record: dict = field(default_factory=dict)      # its line of the label file, for subgroups
     name: str = ''                      # the path from the data set's folder on
-    file: str = ''                      # as published; `path` may be a prepared copy
+    file: str = ''                      # as published
     shape: tuple | None = None          # (K, H, W) of `file`, once read
     upside: bool = False                # may be stored upside down (BCS-DBT); laterality decides
     unplaced: str = ''                  # why its lesions have no boxes; then no part in detection
@@ -95,9 +95,12 @@ def load(name, root, images=None, seed=0, cancer_rule=None, boxes=False, finding
     masks and the headers of files with boxes are read, images with a lesion of unknown place take no part,
     and test rows with boxes stay even without their file. findings: the kinds of boxes that count, by
     default all."""
-    if cancer_rule and cancer_rule not in RULES.get(name, ()):
-        raise ValueError(f'--cancer_rule {cancer_rule} --dataset {name}: expected one of {RULES}')
-    notes = []
+    if name not in DATASETS:
+        raise ValueError(f'--dataset {name}: expected one of {", ".join(DATASETS)}')
+    rules, notes = RULES.get(name, {}), []
+    if cancer_rule and cancer_rule not in rules:
+        expected = f'one of {", ".join(rules)}' if rules else 'no rule'
+        raise ValueError(f'--cancer_rule {cancer_rule} --dataset {name}: expected {expected}')
     rows = DATASETS[name](root, boxes, findings, notes)
     if not rows:
         raise ValueError(f'{root}: no row in a label file of {name}; is it the right folder?')
@@ -105,44 +108,40 @@ def load(name, root, images=None, seed=0, cancer_rule=None, boxes=False, finding
     for row in rows:
         row.name = row.name or os.path.relpath(row.path, home)
         row.path = prepared(row.path, home, images) if images else row.path
-    close = sum(a[0] == b[0] and nearly_same(a[1:5], b[1:5])
-                for row in rows for a, b in combinations(row.boxes, 2))
-    if close:
-        notes.append(f'{close} pairs of boxes on one frame overlap by more than 0.9 (IoU)')
     # Splits come first, so that neither an absent file nor the rule for cancer changes them.
     rows = assign(rows, seed, notes)
     for row in rows if cancer_rule else ():
-        if name == 'vindr':                                 # BI-RADS 5, or 4 and 5
-            row.labels['cancer'] = str(int(row.labels['birads'] in cancer_rule[len('birads'):]))
+        if name == 'vindr':
+            row.labels['cancer'] = str(int(row.labels['birads'] in rules[cancer_rule]))
         elif row.labels['lesion'] == '0':
             row.labels['cancer'] = '0'
     if findings:
-        count_only(rows, findings)
-    return usable(rows, boxes, notes), notes
+        keep_findings(rows, findings)
+    return drop_unusable(rows, boxes, notes), notes
 
 
 def assign(rows, seed, notes):
-    """Every row's split. Published ones stay; a patient in two keeps the test rows. Without a test set a
-    fifth of the patients becomes one, without a validation set a fifth of those in training: a fifth of
-    those with a lesion or cancer, and of the others."""
-    splits, ill = defaultdict(set), defaultdict(bool)
+    """Gives every row a split. Published splits stay. A patient who is in two keeps only the test rows. Where
+    there is no test set, a fifth of the patients is drawn; where there is no validation set, a fifth of the
+    training patients: a fifth of those with a lesion or cancer, and a fifth of the others."""
+    splits, has_lesion = defaultdict(set), defaultdict(bool)
     for row in rows:
         splits[row.patient].add(row.split)
         cancer = '1' in map(row.labels.get, ('cancer', 'lesion')) or 1 in row.labels.get('risk', ())
-        ill[row.patient] |= cancer or bool(row.boxes)
-    names = set().union(*splits.values())
-    if names - {'train', 'val', 'test'} and names != {''}:
-        raise ValueError(f'splits {", ".join(map(repr, sorted(names)))}: expected train, val, test '
-                         'or blank throughout')
-    leaks = sorted(patient for patient, of in splits.items() if len(of) > 1)
+        has_lesion[row.patient] |= cancer or bool(row.boxes)
+    published = set().union(*splits.values())
+    if published - {'train', 'val', 'test'} and published != {''}:
+        raise ValueError(f'splits {", ".join(map(repr, sorted(published)))}: expected train, val, '
+                         'test or blank throughout')
+    in_two = sorted(patient for patient in splits if len(splits[patient]) > 1)
     kept = [row for row in rows if row.split == 'test' or len(splits[row.patient]) == 1]
-    if leaks:
-        notes.append(f'{len(leaks)} patients are in two official splits; {len(rows) - len(kept)} '
-                     f'images outside the test set take no part: {", ".join(leaks)}')
-    for split, free in (('test', ''), ('val', 'train')):
+    if in_two:
+        notes.append(f'{len(in_two)} patients are in two official splits; {len(rows) - len(kept)} '
+                     f'images outside the test set take no part: {", ".join(in_two)}')
+    for split, source in (('test', ''), ('val', 'train')):
         if not any(row.split == split for row in kept):
-            pool = [row for row in kept if row.split == free]
-            taken = drawn({row.patient: ill[row.patient] for row in pool}, 0.2, seed)
+            pool = [row for row in kept if row.split == source]
+            taken = drawn({row.patient: has_lesion[row.patient] for row in pool}, 0.2, seed)
             for row in pool:
                 row.split = split if row.patient in taken else 'train'
     return kept
@@ -157,7 +156,7 @@ def drawn(patients, share, seed, rounded=round):
     return {name for names in strata.values() for name in names[:rounded(share * len(names))]}
 
 
-def count_only(rows, findings):
+def keep_findings(rows, findings):
     """Drops the boxes of other kinds than `findings`; their images are no normals either."""
     kinds = {box[-1] for row in rows for box in row.boxes}
     if not kinds.issuperset(findings):
@@ -169,13 +168,6 @@ def count_only(rows, findings):
         row.boxes = kept
 
 
-def nearly_same(a, b):
-    """Whether two boxes x0 y0 x1 y1 have an intersection over union above 0.9."""
-    a, b = np.reshape(a, (2, 2)), np.reshape(b, (2, 2))
-    common = np.clip(np.minimum(a[1], b[1]) - np.maximum(a[0], b[0]), 0, None).prod()
-    return common > 0.9 * ((a[1] - a[0]).prod() + (b[1] - b[0]).prod() - common)
-
-
 def prepared(path, home, images):
     """Where prepare.py has put the copy of a file below `home`."""
     copy = Path(images, os.path.relpath(path, home))
@@ -183,9 +175,9 @@ def prepared(path, home, images):
     return str(longer if longer.exists() else copy.with_suffix('.npy'))
 
 
-def usable(rows, boxes, notes):
-    """The rows whose file is there and, for a detector, can hold its boxes. A test row with boxes stays even
-    so, without a shape: its lesions count as missed."""
+def drop_unusable(rows, boxes, notes):
+    """The rows whose file is there and, for a detector, can hold its boxes. A test row with boxes is kept
+    without its file, with shape None: its lesions count as missed."""
     kept, faults = [], []
     for row in tqdm(rows, 'files', delay=2, disable=None):
         try:
@@ -248,19 +240,22 @@ def vindr(root, boxes, findings, notes):
     for r in table(path, 'image_id', 'finding_categories', 'xmin', 'ymin', 'xmax', 'ymax'):
         if r['xmin']:
             x0, y0, x1, y1 = (number(r, edge, path) for edge in ('xmin', 'ymin', 'xmax', 'ymax'))
-            kinds = re.findall("'([^']+)'", r['finding_categories'])
+            cell = r['finding_categories']
+            kinds = re.findall("'([^']+)'", cell)
+            if not kinds:
+                raise ValueError(f"{path}, line {r.number}: a box of {cell!r}; expected ['Name']")
             kind = next((kind for kind in kinds if kind in findings), kinds[0])
             area = (x1 - x0) * (y1 - y0)
             lesions[r['image_id']].append((area, kinds[0], (0, x0, y0, x1, y1, kind)))
     for r in table(f'{root}/breast-level_annotations.csv', 'study_id', 'image_id', 'laterality',
                    'view_position', 'breast_birads', 'breast_density', 'split'):
-        found = lesions[r['image_id']]
-        labels = dict(lesion=str(int(bool(found))), lesion_type=max(found)[1] if found else '',
+        inside = lesions[r['image_id']]
+        labels = dict(lesion=str(int(bool(inside))), lesion_type=max(inside)[1] if inside else '',
                       birads=r['breast_birads'].removeprefix('BI-RADS '),
                       density=r['breast_density'].removeprefix('DENSITY '))
         path = f'{root}/images/{r["study_id"]}/{r["image_id"]}.dicom'
         rows.append(Row(path, r['study_id'], '', r['laterality'], r['view_position'],
-                        r['split'].removesuffix('ing'), labels, [box for *_, box in found],
+                        r['split'].removesuffix('ing'), labels, [box for *_, box in inside],
                         record=r))
     return rows
 
@@ -269,7 +264,7 @@ def cbis(root, boxes, findings, notes):
     """CBIS-DDSM: {mass,calc}_case_description_{train,test}_set.csv, one row per abnormality. A film is one
     Row: cancer, BI-RADS and density are the highest of its abnormalities, the boxes those of their ROI
     masks. Files are found by folder, Mass-Training_P_00001_LEFT_CC, or by series UID."""
-    films, places, rows = defaultdict(list), defaultdict(list), []
+    films, files_in, rows = defaultdict(list), defaultdict(list), []     # films: the lesions of each
     for path in sorted(Path(root).glob('????_case_description_*_set.csv'), reverse=True):
         density = 'breast_density' if path.stem.startswith('mass') else 'breast density'
         for r in table(path, 'patient_id', density, 'left or right breast', 'image view',
@@ -279,29 +274,30 @@ def cbis(root, boxes, findings, notes):
             side, split = r['left or right breast'][:1], path.stem.split('_')[3]
             films[split, r['patient_id'], side, r['image view']].append(r)
     for file in listing(root):
-        for part in Path(file).parts[:-1]:
-            places[part].append(file)
+        for folder in Path(file).parts[:-1]:
+            files_in[folder].append(file)
 
-    def files(cell):
-        name, _, series, *_ = f'{cell}///'.split('/')
-        return places.get(name) or places.get(series) or [f'{root}/{name}']
+    def files(place):
+        name, _, series, *_ = f'{place}///'.split('/')
+        return files_in.get(name) or files_in.get(series) or [f'{root}/{name}']
 
-    for (split, patient, side, view), found in tqdm(films.items(), 'films', delay=2, disable=None):
-        types = {r['abnormality type'] for r in found}
-        malignant = any(r['pathology'] == 'MALIGNANT' for r in found)
+    progress = tqdm(films.items(), 'films', delay=2, disable=None)
+    for (split, patient, side, view), lesions in progress:
+        types = {r['abnormality type'] for r in lesions}
+        malignant = any(r['pathology'] == 'MALIGNANT' for r in lesions)
         labels = dict(cancer=str(int(malignant)), lesion='1',
                       lesion_type='both' if len(types) == 2 else types.pop(),
-                      birads=max(r['assessment'] for r in found),
-                      density=max(r['density'] for r in found))
-        path = files(found[0]['image file path'])[0]
-        row = Row(path, patient, '', side, view, split, labels, record=found[0])
+                      birads=max(r['assessment'] for r in lesions),
+                      density=max(r['density'] for r in lesions))
+        path = files(lesions[0]['image file path'])[0]
+        row = Row(path, patient, '', side, view, split, labels, record=lesions[0])
         rows.append(row)
         try:
-            for r in found if boxes else ():
+            for r in lesions if boxes else ():
                 row.shape = row.shape or shape(path)
-                rois = {*files(r['ROI mask file path']), *files(r['cropped image file path'])}
+                roi_files = {*files(r['ROI mask file path']), *files(r['cropped image file path'])}
                 kind = 'cancer' if r['pathology'] == 'MALIGNANT' else 'benign'
-                row.boxes.append((0, *roi_box(rois, row.shape[1:]), kind))
+                row.boxes.append((0, *roi_box(roi_files, row.shape[1:]), kind))
         except (ValueError, OSError) as problem:
             row.boxes, row.unplaced = [], f'{path} has no boxes: {problem}'
     return rows
@@ -336,6 +332,7 @@ def cmmd(root, boxes, findings, notes):
     lines = table(f'{root}/CMMD_clinicaldata_revision.xlsx', 'ID1', 'LeftRight', 'abnormality',
                   'classification')
     listed, rows, skipped = {(r['ID1'], r['LeftRight']): r for r in lines}, [], 0
+    unlisted = Line.fromkeys(lines[0] if lines else (), '')
     for path in tqdm(listing(root), 'headers', delay=2, disable=None):
         patient = next((p for p in Path(path).parts if re.fullmatch(r'D[12]-\d{4}', p)), None)
         if patient in (None, *CMMD_TWINS):
@@ -347,7 +344,7 @@ def cmmd(root, boxes, findings, notes):
         except Exception:                                   # pydicom's words may quote the header
             skipped += 1
             continue
-        r = listed.get((patient, side), dict.fromkeys(lines[0], ''))
+        r = listed.get((patient, side), unlisted)
         labels = dict(cancer=dict(Malignant='1', Benign='0').get(r['classification'], ''),
                       lesion=str(int((patient, side) in listed)), lesion_type=r['abnormality'])
         view = 'CC' if meaning.startswith('cranio') else 'MLO'
@@ -369,9 +366,9 @@ def cesm(root, boxes, findings, notes):
         if r['Type'] == 'DM':
             films[r['Image_name']].append(r)
     files = {Path(path).stem.strip(): path for path in listing(root)}
-    for film, found in films.items():
-        first, verdicts = found[0], {r[verdict] for r in found}
-        grades = [grade.removesuffix('.0') for r in found for grade in r['BIRADS'].split('$')]
+    for film, lesions in films.items():
+        first, verdicts = lesions[0], {r[verdict] for r in lesions}
+        grades = [grade.removesuffix('.0') for r in lesions for grade in r['BIRADS'].split('$')]
         labels = dict(cancer=str(int('Malignant' in verdicts)),
                       lesion=str(int(verdicts != {'Normal'})),
                       birads='' if '6' in grades else max(grades),
@@ -389,18 +386,18 @@ def mias(root, boxes, findings, notes):
     files = {Path(path).stem: path for path in listing(root)}
     circle = r'(?: +(\d{1,4}) +(\d{1,4}) +(\d{1,4})\b)?'
     for line in Path(root, 'Info.txt').read_text(errors='replace').splitlines():
-        if found := re.match(r'(mdb\d{3}) +([FGD]) +(\w+)(?: +([BM])\b)?' + circle, line):
-            films[found[1]].append(found.groups()[1:])
-    for film, found in films.items():
-        order, density, severity = int(film[3:]), found[0][0], found[0][2] or 'N'
-        types = [kind for _, kind, *_ in found if kind != 'NORM']
-        malignant = any(grade == 'M' for _, _, grade, *_ in found)
+        if match := re.match(r'(mdb\d{3}) +([FGD]) +(\w+)(?: +([BM])\b)?' + circle, line):
+            films[match[1]].append(match.groups()[1:])
+    for film, lesions in films.items():
+        order, density, severity = int(film[3:]), lesions[0][0], lesions[0][2] or 'N'
+        types = [kind for _, kind, *_ in lesions if kind != 'NORM']
+        malignant = any(grade == 'M' for _, _, grade, *_ in lesions)
         labels = dict(cancer=str(int(malignant)), lesion=str(int(bool(types))), density=density,
                       lesion_type=types[0] if types else '')
         path, patient = files.get(film, f'{root}/{film}.pgm'), f'{(order + 1) // 2:03d}'
         row = Row(path, patient, '', 'LR'[order % 2], 'MLO', labels=labels,
                   record=dict(density=density, severity=severity))
-        for _, kind, grade, x, y, radius in found:
+        for _, kind, grade, x, y, radius in lesions:
             if x:
                 x, y, radius = int(x), 1024 - int(y), int(radius)
                 row.boxes.append((0, x - radius, y - radius, x + radius, y + radius,
@@ -419,12 +416,13 @@ def bcs(root, boxes, findings, notes):
     rows, names = {}, ('PatientID', 'StudyUID', 'View')
     key_of = itemgetter(*names)
     for split, part in dict(train='train', val='validation', test='test').items():
-        editions = [sorted(Path(root).glob(f'BCS-DBT-{kind}-{part}*.csv'),
-                           key=lambda path: (len(path.stem), path))
-                    for kind in ('labels', 'boxes', 'file-paths')]
-        if not all(editions):
+        # The longest name is the latest version.
+        latest = [max(Path(root).glob(f'BCS-DBT-{kind}-{part}*.csv'), default=None,
+                      key=lambda path: (len(path.stem), path))
+                  for kind in ('labels', 'boxes', 'file-paths')]
+        if None in latest:
             raise ValueError(f'{root}: BCS-DBT-labels, -boxes or -file-paths-{part}*.csv is absent')
-        labels, lesions, paths = (found[-1] for found in editions)  # the longest name is the latest
+        labels, lesions, paths = latest
         places = {key_of(r): (r['classic_path'], r['descriptive_path'])
                   for r in table(paths, *names, 'classic_path', 'descriptive_path')}
         for r in table(labels, *names, 'Normal', 'Cancer'):
@@ -441,10 +439,10 @@ def bcs(root, boxes, findings, notes):
             row = rows.get(key_of(r))
             if not row:
                 raise ValueError(f'{lesions}, line {r.number}: a volume that {labels.name} lacks')
-            x, y, w, h, z, K = (number(r, name, lesions) for name in
-                                ('X', 'Y', 'Width', 'Height', 'Slice', 'VolumeSlices'))
-            row.boxes.append((int(z), x, y, x + w, y + h, r['Class']))
-            row.record['VolumeSlices'] = int(K)
+            x, y, w, h = (number(r, name, lesions) for name in ('X', 'Y', 'Width', 'Height'))
+            z, K = (number(r, name, lesions, whole=True) for name in ('Slice', 'VolumeSlices'))
+            row.boxes.append((z, x, y, x + w, y + h, r['Class']))
+            row.record['VolumeSlices'] = K
     return list(rows.values())
 
 
@@ -465,7 +463,10 @@ def own_list(root, boxes, findings, notes):
     split, normal (0: no normal to train on), upside (1: may be stored upside down)."""
     path = Path(root)
     if path.is_dir():
-        path /= 'manifest.csv' if (path / 'manifest.csv').exists() else 'lesions.csv'
+        lists = [path / name for name in ('manifest.csv', 'lesions.csv') if (path / name).exists()]
+        if not lists:
+            raise ValueError(f'{path}: no manifest.csv or lesions.csv in it; give the list itself')
+        path = lists[0]
     rows, splits, keys = {}, {}, {}
     for r in table(path, 'path'):
         row = own_row(path, r)
@@ -494,7 +495,7 @@ def own_row(path, r):
                              f'{" or ".join(allowed)}, or blank')
     if any(re.fullmatch(r'\d+,\d+', r[column]) for column in ('label', *TASKS)):
         raise ValueError(f'{path}, line {r.number}: a label with a decimal comma; write a point')
-    frame, boxes = int(number(r, 'frame', path)) if r['frame'] else None, []
+    frame, boxes = number(r, 'frame', path, whole=True) if r['frame'] else None, []
     if any(r[edge] for edge in EDGES):
         x0, y0, x1, y1 = (number(r, edge, path) for edge in EDGES)
         boxes.append((frame or 0, x0, y0, x1, y1, r['label'] or 'lesion'))
@@ -529,11 +530,11 @@ def contradiction(row, first, split, named):
 
 
 def follow_up(years_to_cancer, years_followup, years=5):
-    """One exam -> (T,) of 1 cancer by then, 0 none, -1 not observed; None where no year was observed, or
-    cancer came before the exam. years_to_cancer is infinite where none was seen.
+    """An exam -> its labels (T,) for the years 1 ... T: 1 cancer by the end of the year, 0 none, -1 unknown;
+    None where no year is known or cancer came before the exam. years_to_cancer is infinite if none was seen.
 
-    Cancer in year c, from 0: 1 at c and -1 after it, since follow-up ends with the diagnosis and one cancer
-    must not count in every later year. No cancer: 0 over the whole years of follow-up."""
+    Only whole years of follow-up are known. After the year of a diagnosis all years are unknown, so that
+    one cancer does not count in every later year."""
     cancer, year = years_to_cancer < years, np.arange(years)
     first = math.floor(years_to_cancer) if cancer else years
     last = first + 1 if cancer else math.floor(min(years_followup, years))
@@ -569,8 +570,8 @@ def table(path, *columns, sheet=None):
     twice = [name for name in header if name and header.count(name) > 1]
     if missing or twice:
         wrong = f'the column {twice[0]} twice' if twice else f'no column {", ".join(missing)}'
-        found = ', '.join(filter(None, header)) or 'nothing'
-        raise ValueError(f'{path}, line {at}: {wrong}; found {found}')
+        present = ', '.join(filter(None, header)) or 'nothing'
+        raise ValueError(f'{path}, line {at}: {wrong}; found {present}')
     lines = []
     for at, cells in rows:
         if len(cells) != len(header):
@@ -623,10 +624,11 @@ def sheet_rows(path, name):
     return list(enumerate(rows, 1))
 
 
-def number(line, name, path):
-    """A cell as a finite number."""
+def number(line, name, path, whole=False):
+    """A cell as a finite number; `whole`: as an integer."""
     with contextlib.suppress(ValueError):
         value = float(line[name])
-        if math.isfinite(value):
-            return value
-    raise ValueError(f'{path}, line {line.number}: {name} is {line[name]!r}; expected a number')
+        if math.isfinite(value) and not (whole and value % 1):
+            return int(value) if whole else value
+    expected = 'a whole number' if whole else 'a number'
+    raise ValueError(f'{path}, line {line.number}: {name} is {line[name]!r}; expected {expected}')

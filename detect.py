@@ -52,14 +52,15 @@ from run import (computes_in_bf16, cosine, gathered, lock, on_rank_0, option, pa
 
 @dataclass
 class Config:
-    """Every field is a flag. Sources: [6.2.3] and the like are sections of DBT-DINO; [retinanet] Lin 2017;
-    [dino] the DINO detector, Zhang 2022; [dbtex] the challenge; [ours] a choice of this repository."""
-    dataset: str = option('csv', 'ours', 'bcs, vindr, cbis, mias or csv', group='data')
-    root: str | None = option(None, 'ours', 'the data set as published, or a list; or a demo')
+    """Every field is a flag. Sources: [6.2.3] and the like are sections of DBT-DINO; [paper 3.1] one of
+    MammoDINO; [retinanet] Lin 2017; [dino] the DINO detector, Zhang 2022, and its published code; [dbtex] the
+    challenge; [ours] a choice of this repository."""
+    dataset: str = option('csv', 'ours', 'bcs, vindr, cbis (or ddsm), mias or csv', group='data')
+    root: str | None = option(None, 'ours', 'the data set as published, or your CSV; or a demo')
     images: str | None = option(None, 'ours', 'where prepare.py put the images of --root')
     findings: tuple[str, ...] = option((), 'ours', 'kinds of lesions that count; by default all')
     voi: bool = option(False, 'dbt-dino', 'apply the VOI LUT or window of DICOM files')
-    clahe: bool = option(True, 'ours', 'CLAHE of files that prepare.py has not seen')
+    clahe: bool = option(True, 'paper 3.1', 'CLAHE of files that prepare.py has not seen')
     size: int = option(518, '6.2.3', 'pixels of the square image, a multiple of 14')
     augment: bool = option(True, '6.2.3', 'flips, zoom, coarse dropout, gamma, noise')
     normals: float = option(1.0, 'ours', 'normal slices for each annotated one; in the paper 0')
@@ -80,8 +81,8 @@ class Config:
     gamma: float = option(2.0, 'retinanet', 'focal loss: how fast easy anchors fade')
     nms: float = option(0.1, '6.2.3', 'IoU above which the weaker of two boxes of a slice goes')
 
-    queries: int = option(300, 'dino', 'boxes the decoder refines; there 900', group='DINO-DETR')
-    layers: tuple[int, int] = option((2, 6), 'dino', 'of encoder and decoder; 6 6 there')
+    queries: int = option(300, 'dino', 'boxes that are refined; published 900', group='DINO-DETR')
+    layers: tuple[int, int] = option((2, 6), 'dino', 'of encoder and decoder; published 6 6')
     denoising: int = option(100, 'dino', 'noisy copies of the lesions, positive and negative')
     lambdas: tuple[float, float] = option((1.0, 2.0), 'dino', 'their noise: positive, negative')
 
@@ -100,8 +101,8 @@ class Config:
     layer_decay: float = option(0.75, 'ours', '--no-freeze: rate factor per block below the top')
     clip: float | None = option(None, 'ours', 'gradient norm; by default 1, DINO-DETR 0.1 [dino]')
 
-    min_distance: float = option(100.0, 'dbtex', 'pixels of the file between centres: a hit at '
-                                 'any size', group='scores')
+    min_distance: float = option(100.0, 'dbtex', 'pixels of the file: a box whose centre is so '
+                                 "close to a lesion's is a hit", group='scores')
     draws: int = option(1000, '2.5', 'bootstrap draws of patients')
 
     phantoms: int = option(300, 'ours', 'volumes: 65 % train, 10 % val, 25 % test', group='demo')
@@ -112,27 +113,27 @@ class Config:
         self.clip = clip if self.clip is None else self.clip
 
 
-SMALL = dict(size=84, width=128, depth=4, heads=4)          # the encoder of pretrain.py's demo
-
-
-def check(cfg, ranks):
+def check_flags(cfg, ranks):
     """ValueError for flags that cannot work, before hours of reading"""
-    choices = dict(dataset=('bcs', 'vindr', 'cbis', 'mias', 'csv'), head=('retinanet', 'detr'))
+    choices = dict(dataset=('bcs', 'vindr', 'cbis', 'mias', 'csv', 'ddsm'),
+                   head=('retinanet', 'detr'))
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"--{name} {getattr(cfg, name)}: expected {', '.join(allowed)}")
-    for name, factor in dict(size=14, channels=32, batch=ranks).items():    # patch, GroupNorm, ranks
-        if getattr(cfg, name) % factor:
-            raise ValueError(f'--{name} {getattr(cfg, name)}: expected a multiple of {factor}')
+    factors = dict(size=14, channels=32, batch=ranks, micro_batch=1)    # 14: patch, 32: GroupNorm
+    for name, factor in factors.items():
+        value = getattr(cfg, name)
+        if value < 1 or value % factor:
+            raise ValueError(f'--{name} {value}: expected a multiple of {factor} above 0')
     if not (cfg.encoder or cfg.random_encoder or cfg.init_from):
-        raise ValueError('--encoder FILE is missing; --random_encoder does without')
+        raise ValueError('--encoder FILE is missing; give one, or --random_encoder')
 
 
 # ---- the detector (2.4, 6.2.3) --------------------------------------------------------------------
 
 class Features(nn.Module):
-    """Encoder and pyramid: images uint8 (B, 1, S, S) -> P3 to P6, (B, C, h, w). In fuse.py images have
-    more channels; these features are those of the first."""
+    """Encoder and pyramid: images uint8 (B, 1, S, S) -> P3 to P6, (B, C, h, w). The further channels that
+    images have in fuse.py are not seen."""
 
     def __init__(self, encoder, channels, freeze=True):
         super().__init__()
@@ -147,26 +148,20 @@ class Features(nn.Module):
 
 
 class Detector(Features):
-    """Encoder, pyramid and head: images -> the answers of the head, `Anchored` or `Queried`. The other
-    methods say on what it is trained, and how it is validated and tested; fuse.py replaces some."""
+    """Encoder, pyramid and head: images -> the answers of the head, `Anchored` or `Queried`.
+    dataset(cfg, rows) turns the items of an epoch, and those to search, into samples."""
 
-    splits = ('train', 'val', 'test')                       # that need marked items
-
-    def __init__(self, cfg, encoder, head=None):
+    def __init__(self, cfg, encoder):
         super().__init__(encoder, cfg.channels, cfg.freeze)
-        head = head or (Queried if cfg.head == 'detr' else Anchored)
-        self.cfg, self.head = cfg, head(cfg)
+        self.cfg, self.dataset = cfg, Frames
+        self.head = Queried(cfg) if cfg.head == 'detr' else Anchored(cfg)
 
     def forward(self, images, boxes=None):
         """boxes: in training the truth, B times (G, 4)"""
         return self.head(self.levels(images), boxes)
 
-    def frames(self, rows):
-        """The data set that turns items into samples"""
-        return Frames(self.cfg, rows)
-
-    def marked(self, rows):
-        """The items that are in every epoch: the annotated slices"""
+    def items(self, rows):
+        """The items that every epoch sees: the annotated slices"""
         return [(i, z) for i, row in enumerate(rows) for z in sorted({box[0] for box in row.boxes})]
 
     def validate(self, rows, device):
@@ -174,28 +169,28 @@ class Detector(Features):
         as many normal ones (ours) -> it, and dict(threshold=the score at 1 false positive).
 
         A hit is within max(half the diagonal, 20 pixels of 518), about the challenge's 100 in 2457 rows."""
-        cfg, items = self.cfg, self.marked(rows)
+        cfg, items = self.cfg, self.items(rows)
         truth = [((i, z), x0, y0, x1 - x0, y1 - y0) for i, z in items
                  for x0, y0, x1, y1 in on_frames(rows[i], {z}, cfg.size)]
         order = np.random.default_rng([cfg.seed, 0, 0, 6]).permutation(normal_rows(rows))
         items += [(int(i), None) for i in sorted(order[:round(cfg.normals * len(items))])]
-        found, mine = [], items[dist.get_rank()::dist.get_world_size()]
-        for i, z, boxes, scores in detect_slices(self, rows, mine, device):
-            found += [((i, z), x0, y0, x1 - x0, y1 - y0, value)
-                      for (x0, y0, x1, y1), value in zip(boxes.tolist(), scores.tolist())]
+        predictions, my_items = [], items[dist.get_rank()::dist.get_world_size()]
+        for i, z, boxes, scores in detect_slices(self, rows, my_items, device):
+            predictions += [((i, z), x0, y0, x1 - x0, y1 - y0, value)
+                            for (x0, y0, x1, y1), value in zip(boxes.tolist(), scores.tolist())]
         volumes = [(item, math.inf) for item in items]      # a slice has no depth
-        m = metrics.matched(volumes, truth, gathered(found), min_distance=20 * cfg.size / 518)
+        m = metrics.matched(volumes, truth, gathered(predictions), 20 * cfg.size / 518)
         thresholds, false_positives, _ = metrics.curve(m, m.each(), every=True)
         threshold = thresholds[np.flatnonzero(false_positives <= 1)[-1]]
         value = metrics.sensitivity(m, [1, 2, 3, 4, 5], m.each()).mean()
         return float(value), dict(threshold=float(np.clip(threshold, 0, 1)))
 
     def finish(self, rows, best, notes, device, out):
-        """Searches the test rows, writes what was found and scores it."""
-        cfg, found = self.cfg, find_lesions(self, rows, device)
+        """The test: searches these rows, writes the findings and scores them."""
+        cfg, findings = self.cfg, find_lesions(self, rows, device)
         if dist.get_rank() > 0:
             return
-        write(out, rows, found)
+        write(out, rows, findings)
         truth = score.read_truth(out / 'labels.csv', out / 'boxes.csv')
         score.lesions({cfg.out: score.read_predictions(out)}, *truth, cfg.min_distance, cfg.draws,
                       cfg.seed, out, notes)
@@ -207,7 +202,6 @@ class Anchored(nn.Module):
     """RetinaNet: levels -> logits (B, A) and deltas (B, A, 4)"""
 
     TERMS = ('focal', 'box')
-    atd = ()
 
     def __init__(self, cfg):
         super().__init__()
@@ -255,13 +249,13 @@ class Queried(nn.Module):
 
     def targets(self, boxes, device):
         """Boxes in pixels, B times (G, 4) -> labels (G,), centres and sides in shares of the image (G, 4)"""
-        found = []
+        targets = []
         for box in boxes:
             low, high = box.to(device).split(2, dim=1)                                  # (G, 2) each
             shares = torch.cat([low + high, 2 * (high - low)], dim=1) / (2 * self.cfg.size)
             labels = torch.zeros(len(shares), dtype=torch.long, device=device)
-            found.append(dict(labels=labels, boxes=shares))
-        return found
+            targets.append(dict(labels=labels, boxes=shares))
+        return targets
 
     def count(self, batch):
         """What the loss of a whole batch is divided by: its lesions"""
@@ -289,11 +283,16 @@ def build(cfg, start=None):
     """A detector with the best weights of the checkpoint `start`, by default that of --init_from, as far as
     names and shapes agree; without one, on --encoder or random weights."""
     if cfg.init_from and not start:
-        start = checkpoint(cfg.init_from)
+        start = read_checkpoint(cfg.init_from)
     if start:
-        encoder = vit.ViT(**start['encoders'][0])
+        encoder, channels = vit.ViT(**start['encoders'][0]), start['config']['channels']
+        if channels != cfg.channels:
+            raise ValueError(f'--channels {cfg.channels}: {cfg.init_from} has another number, '
+                             f'{channels}')
+    elif cfg.encoder:
+        encoder = vit.load(cfg.encoder, imagenet=cfg.imagenet)
     else:
-        encoder = vit.load(cfg.encoder, imagenet=cfg.imagenet) if cfg.encoder else vit.ViT(**SMALL)
+        encoder = vit.ViT(**vit.SIZES['demo'])
     if encoder.patch != 14:
         raise ValueError(f'{cfg.encoder}: patches of {encoder.patch} pixels; expected 14')
     torch.manual_seed(cfg.seed)
@@ -304,8 +303,6 @@ def build(cfg, start=None):
         own = detector.state_dict()                         # another --head or --queries starts anew
         alike = {name: weight for name, weight in start['best_weights'].items()
                  if name in own and weight.shape == own[name].shape}
-        if any(name.startswith(('encoder.', 'pyramid.')) for name in own.keys() - alike.keys()):
-            raise ValueError(f'--channels {cfg.channels}: {cfg.init_from} has another number')
         detector.load_state_dict(own | alike)
     return detector
 
@@ -319,6 +316,7 @@ def size_of(row):
 
 
 def frames_of(row):
+    """The slices that a row stands for: those of its file, or one"""
     return range(size_of(row)[0]) if row.frame is None else [row.frame]
 
 
@@ -351,10 +349,11 @@ def upside_down(path, side, voi):
 
 
 class Frames(Dataset):
-    """(i, z) -> a sample to predict, None for a file that cannot be read; (i, z, epoch, index) -> one to
-    train on. A dict with the image, uint8 (1, S, S), and for training with boxes (G, 4) and match (A,)."""
+    """Items as samples, with an image uint8 (1, S, S):
+    (i, z) -> dict(row=i, frame=z, image), to be searched, or None if the file cannot be read;
+    (i, z, epoch, index) -> dict(image, boxes (G, 4), match (A,)), to train on."""
 
-    channels = 1
+    channels = 1                                            # of an image; in fuse.py there are three
 
     def __init__(self, cfg, rows):
         self.cfg, self.rows, self.anchors = cfg, rows, retinanet.anchors(cfg.size)
@@ -369,24 +368,25 @@ class Frames(Dataset):
             return dict(image=np.zeros((self.channels, self.cfg.size, self.cfg.size), np.uint8),
                         boxes=torch.zeros(0, 4), match=torch.full((len(self.anchors),), -2))
 
-    def read(self, i, z):
-        """The channels of a sample, uint8 (S, S) each"""
-        return [self.square(self.rows[i], z)]
+    def image(self, row, z):
+        """uint8 (1, S, S)"""
+        return self.read(row, z)[None]
 
-    def square(self, row, z):
-        """A frame, with CLAHE where prepare.py has not applied it (MammoDINO 3.1), uint8 (S, S)"""
+    def read(self, row, z):
+        """A slice, with CLAHE where prepare.py has not applied it (MammoDINO 3.1), uint8 (S, S)"""
         image = images.read(row.path, z, self.cfg.voi)                                  # (H, W)
+        # The turn comes before CLAHE, whose tiles are counted from the upper left corner.
         if row.upside and upside_down(row.path, row.laterality, self.cfg.voi):
-            image = image[::-1, ::-1]
+            image = np.ascontiguousarray(image[::-1, ::-1])
         if self.cfg.clahe and not row.path.lower().endswith('.npy'):
-            image = images.clahe(np.ascontiguousarray(image))
+            image = images.clahe(image)
         side = self.cfg.size, self.cfg.size
         return np.asarray(Image.fromarray(image).resize(side, Image.Resampling.BICUBIC))
 
     def prediction_sample(self, i, z):
         """z None takes the middle one of the normal frames."""
         frames = normal_frames(self.rows[i]) if z is None else [z]
-        return dict(row=i, frame=z, image=np.stack(self.read(i, frames[len(frames) // 2])))
+        return dict(row=i, frame=z, image=self.image(self.rows[i], frames[len(frames) // 2]))
 
     def training_sample(self, i, z, epoch, index):
         """z None draws one of the normal frames. `seed`, `epoch` and `index` decide all that is drawn."""
@@ -394,16 +394,16 @@ class Frames(Dataset):
         rng = np.random.default_rng([cfg.seed, epoch, index])
         if z is None:
             z = int(rng.choice(normal_frames(row)))
-        image = np.stack(self.read(i, z))                                               # (1, S, S)
+        image = self.image(row, z)                                                      # (1, S, S)
         nearby = {box[0] for box in row.boxes if 0 < abs(box[0] - z) <= size_of(row)[0] / 4}
-        here, near = on_frames(row, {z}, cfg.size), on_frames(row, nearby, cfg.size)
-        boxes = np.concatenate([here, near])
+        own, others = on_frames(row, {z}, cfg.size), on_frames(row, nearby, cfg.size)
+        boxes = np.concatenate([own, others])
         if cfg.augment:
             image, boxes = augment(rng, image, boxes)
-        here, near = torch.from_numpy(boxes).float().split([len(here), len(near)])
-        match, beside = (retinanet.match(part, self.anchors) for part in (here, near))
-        match[(match == -1) & (beside != -1)] = -2          # a lesion of another slice may be seen here
-        return dict(image=image, boxes=here, match=match)
+        own, others = torch.from_numpy(boxes).float().split([len(own), len(others)])
+        match, match_others = (retinanet.match(part, self.anchors) for part in (own, others))
+        match[(match == -1) & (match_others != -1)] = -2    # a lesion of another slice may be seen here
+        return dict(image=image, boxes=own, match=match)
 
 
 def augment(rng, image, boxes):
@@ -448,8 +448,9 @@ def zoom(rng, image, boxes, tries=10):
         high = np.minimum(max(0, S - side), boxes[:, :2].min(0, initial=np.inf))
         if ((sizes >= least) & (sizes <= most)).all() and (low <= high).all():
             x, y = rng.uniform(low, high)                   # its corner
-            how = Image.Transform.AFFINE, (side / S, 0, x, 0, side / S, y), Image.Resampling.BICUBIC
-            image = [Image.fromarray(channel).transform((S, S), *how) for channel in image]
+            affine = Image.Transform.AFFINE, (side / S, 0, x, 0, side / S, y)
+            image = [Image.fromarray(channel).transform((S, S), *affine, Image.Resampling.BICUBIC)
+                     for channel in image]
             return np.stack(image), (boxes - [x, y, x, y]) / (side / S)
     return image, boxes
 
@@ -461,36 +462,34 @@ def collate(samples):
                 match=torch.stack([sample['match'] for sample in samples]))
 
 
-def loader(cfg, frames, **how):
-    return DataLoader(frames, num_workers=cfg.workers, timeout=1800 if cfg.workers else 0, **how)
+def loader(cfg, frames, **options):
+    """Half an hour without data from the workers ends the run."""
+    timeout = 1800 if cfg.workers else 0
+    return DataLoader(frames, num_workers=cfg.workers, timeout=timeout, **options)
 
 
 # ---- training -------------------------------------------------------------------------------------
 
-def plan(cfg, marked, normal, epoch):
+def plan(cfg, annotated, normal, epoch):
     """The batches of an epoch: lists of --batch items (i, z, epoch, index), however many ranks share them.
-    They hold every item of `marked` and, of the rows `normal`, --normals times as many normal ones, shuffled
-    and filled up to whole batches."""
+    They hold every item of `annotated` and, of the rows `normal`, --normals times as many normal ones,
+    shuffled and filled up to whole batches."""
     rng = np.random.default_rng([cfg.seed, epoch])
-    wanted = round(cfg.normals * len(marked)) if normal else 0
+    wanted = round(cfg.normals * len(annotated)) if normal else 0
     drawn = []
     while len(drawn) < wanted:
         drawn += rng.permutation(normal).tolist()
-    items = marked + [(i, None) for i in drawn[:wanted]]
+    items = annotated + [(i, None) for i in drawn[:wanted]]
     steps = math.ceil(len(items) / cfg.batch)
-    order = np.resize(rng.permutation(len(items)), steps * cfg.batch)
-    items = [(*items[n], epoch, index) for index, n in enumerate(order)]
-    return chunks(items, cfg.batch)
-
-
-def chunks(items, length):
-    return [items[start:start + length] for start in range(0, len(items), length)]
+    order = np.resize(rng.permutation(len(items)), (steps, cfg.batch))
+    return [[(*items[n], epoch, step * cfg.batch + i) for i, n in enumerate(numbers)]
+            for step, numbers in enumerate(order)]
 
 
 def train(detector, training, validation, device, out, state=None):
     """AdamW, epoch by epoch until the patience ends -> dict(score, epoch, threshold) of the best epoch by
     validation, whose weights the detector then has. `state`: the checkpoint to continue, or None.
-    OUT/log.jsonl has a line for each epoch."""
+    OUT/log.jsonl has a line for each epoch. The models of fuse.py are trained here too."""
     cfg, rank, ranks = detector.cfg, dist.get_rank(), dist.get_world_size()
     groups = vit.param_groups(detector, cfg.lr, cfg.wd, cfg.layer_decay)
     optimizer = torch.optim.AdamW(groups)                   # skips what is frozen and has no gradient
@@ -503,11 +502,11 @@ def train(detector, training, validation, device, out, state=None):
     ddp = nn.parallel.DistributedDataParallel(
         detector, device_ids=[device] if device.type == 'cuda' else None)
     if rank == 0 and not state:
-        keep(out, detector, optimizer, best, best_weights, log)
+        save_checkpoint(out, detector, optimizer, best, best_weights, log)
 
-    frames, marked = detector.frames(training), detector.marked(training)
+    frames, annotated = detector.dataset(cfg, training), detector.items(training)
     normal = normal_rows(training)
-    steps = len(plan(cfg, marked, normal, 0))               # of an epoch
+    steps = len(plan(cfg, annotated, normal, 0))            # of an epoch
     total = steps * cfg.epochs
     accumulate = math.ceil(cfg.batch // ranks / cfg.micro_batch)
     bar = tqdm(total=total, initial=len(log) * steps, unit='step', disable=rank > 0 or None)
@@ -515,9 +514,10 @@ def train(detector, training, validation, device, out, state=None):
         if epoch - best['epoch'] > cfg.patience:
             break
         # this rank's share of each batch, in micro-batches
-        items = [micro for batch in plan(cfg, marked, normal, epoch)
-                 for micro in chunks(batch[rank::ranks], cfg.micro_batch)]
-        batches = iter(loader(cfg, frames, batch_sampler=items, collate_fn=collate))
+        shares = [batch[rank::ranks] for batch in plan(cfg, annotated, normal, epoch)]
+        micros = [share[start:start + cfg.micro_batch] for share in shares
+                  for start in range(0, len(share), cfg.micro_batch)]
+        batches = iter(loader(cfg, frames, batch_sampler=micros, collate_fn=collate))
         sums = torch.zeros(len(detector.head.TERMS), device=device)
         detector.train()
         for step in range(epoch * steps, (epoch + 1) * steps):
@@ -527,23 +527,22 @@ def train(detector, training, validation, device, out, state=None):
         dist.all_reduce(sums)
         sums /= steps
         terms = dict(zip(detector.head.TERMS, sums.tolist()), loss=sums.sum().item())
-        if detector.head.atd:                               # of this rank
+        if isinstance(detector.head, Queried) and detector.head.atd:    # of this rank
             terms['atd'] = torch.stack(detector.head.atd).mean().item()
             detector.head.atd.clear()
 
-        value, about = detector.validate(validation, device)
+        value, details = detector.validate(validation, device)
         if value > best['score']:
-            best = dict(best, score=value, epoch=epoch, **about)
+            best = dict(best, score=value, epoch=epoch, **details)
             best_weights = copy.deepcopy(detector.state_dict())
         log.append(dict(epoch=epoch, **terms, validation=value, best=best['score'],
                         best_epoch=best['epoch']))
         bar.set_postfix(loss=f'{terms["loss"]:.3f}', validation=f'{value:.3f}',
                         best=f'{best["score"]:.3f}')
         if rank == 0:
-            keep(out, detector, optimizer, best, best_weights, log)
+            save_checkpoint(out, detector, optimizer, best, best_weights, log)
     bar.close()
     detector.load_state_dict(best_weights)
-    dist.barrier()
     return best
 
 
@@ -580,7 +579,7 @@ def train_step(ddp, optimizer, batches, step, total, device):
 
 # ---- checkpoints ----------------------------------------------------------------------------------
 
-def keep(out, detector, optimizer, best, best_weights, log):
+def save_checkpoint(out, detector, optimizer, best, best_weights, log):
     """OUT/last.pt: the best weights to use, and the current ones with the optimizer to continue exactly;
     OUT/log.jsonl"""
     encoders = [part.config for part in detector.modules() if isinstance(part, vit.ViT)]    # fuse.py: two
@@ -590,7 +589,7 @@ def keep(out, detector, optimizer, best, best_weights, log):
     (out / 'log.jsonl').write_text(''.join(f'{json.dumps(line)}\n' for line in log))
 
 
-def checkpoint(folder):
+def read_checkpoint(folder):
     """OUT/last.pt of detect.py or fuse.py"""
     path = Path(folder, 'last.pt')
     state = vit.read(path) if path.exists() else {}
@@ -603,7 +602,7 @@ def checkpoint_to_resume(cfg):
     """The checkpoint in --out, None without one. ValueError names the flags that differ from its own."""
     if not (cfg.resume and os.path.exists(f'{cfg.out}/last.pt')):
         return None
-    state = checkpoint(cfg.out)
+    state = read_checkpoint(cfg.out)
     old = state['config']
     changed = [f'--{name} {old.get(name)} -> {value}' for name, value in vars(cfg).items()
                if name not in ('resume', 'workers', 'out') and old.get(name) != value]
@@ -612,27 +611,16 @@ def checkpoint_to_resume(cfg):
     return state
 
 
-def restored(folder, config=Config, build=build):
-    """A run -> its configuration, the detector with the best weights, and `best` as `train` returns it"""
-    state = checkpoint(folder)
-    if state['config'].keys() != vars(config()).keys():
-        raise ValueError(f'{folder} is no run of this script; detect.py and fuse.py load their own')
-    cfg = replace(config(**state['config']), workers=0)
-    detector = build(cfg, state)
-    detector.load_state_dict(state['best_weights'])
-    return cfg, detector.eval(), state['best']
-
-
 # ---- prediction -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def infer(detector, rows, items, device):
-    """Items -> lists of --micro_batch samples that could be read, and the answers to them. They stream: a few
-    images are all that is ever held."""
+    """Items -> lists of --micro_batch samples that could be read, and the answers to them; in memory is one
+    micro-batch at a time."""
     cfg = detector.eval().cfg
     bf16 = computes_in_bf16(device, cfg.amp)
-    for samples in loader(cfg, detector.frames(rows), sampler=items, batch_size=cfg.micro_batch,
-                          collate_fn=list):
+    frames = detector.dataset(cfg, rows)
+    for samples in loader(cfg, frames, sampler=items, batch_size=cfg.micro_batch, collate_fn=list):
         samples = [sample for sample in samples if sample]
         if samples:
             batch = torch.from_numpy(np.stack([sample['image'] for sample in samples]))
@@ -652,10 +640,10 @@ def find_lesions(detector, rows, device):
     """The findings of every row, all slices seen: (i, x, y, w, h, z, depth, score, slice of the best box), in
     pixels of the file; depth 0 in mammograms. Ranks share the rows. A row that cannot be read has no
     findings, so that its lesions count as missed."""
-    cfg, items, found = detector.cfg, [], []
+    cfg, items, findings = detector.cfg, [], []
     for i in range(dist.get_rank(), len(rows), dist.get_world_size()):
         try:
-            if rows[i].shape or not rows[i].boxes:          # else unusable, by datasets.py
+            if rows[i].shape or not rows[i].boxes:      # else datasets.py has found the file unusable
                 items += [(i, z) for z in frames_of(rows[i])]
         except (ValueError, OSError) as problem:
             tqdm.write(f'skipped: {problem}', file=sys.stderr)
@@ -667,9 +655,10 @@ def find_lesions(detector, rows, device):
         boxes = np.concatenate(boxes) * np.array([W / cfg.size, H / cfg.size] * 2)
         z = np.repeat(z, [len(part) for part in scores])
         merged = volume_findings(boxes, np.concatenate(scores), z, cfg.overlap, cfg.gap)[:cfg.top]
-        merged[:, 5] *= K > 1
-        found += [(i, *line) for line in merged.tolist()]
-    return sorted(gathered(found), key=lambda line: line[0])
+        if K == 1:
+            merged[:, 5] = 0                            # depth
+        findings += [(i, *line) for line in merged.tolist()]
+    return sorted(gathered(findings), key=lambda line: line[0])
 
 
 def volume_findings(boxes, scores, slices, overlap, gap):
@@ -677,11 +666,11 @@ def volume_findings(boxes, scores, slices, overlap, gap):
     best first: rows x y w h z depth score slice (m, 8), where x y w h, score and slice are those of the best
     box, z is the first slice and depth the number of slices. The rule is ours; 2.4 gives none.
 
-    The best box that is left starts a finding. Boxes that share at least `overlap` of the smaller area with
-    it are at its place. Up and down from its slice, boxes there with half of its score or more carry it on,
-    at most `gap` slices apart. Every box there, up to `gap` slices beyond, belongs to it. All boxes are
-    compared with the first, so that neither a chain of boxes nor faint boxes on every slice make a finding
-    long."""
+    The best box that is left starts a finding. A box is at its place if it shares at least `overlap` of the
+    smaller area with it. Up and down from its slice, the finding goes on while boxes at its place with at
+    least half its score follow each other at most `gap` slices apart. The boxes at its place, up to `gap`
+    slices beyond, are left no more. All boxes are compared with the first, so that neither a chain of boxes
+    nor faint boxes on every slice make a finding long."""
     boxes = torch.as_tensor(np.asarray(boxes, float)).view(-1, 4)
     scores, slices = np.asarray(scores, float), np.asarray(slices, int)
     left, rows = np.lexsort((slices, -scores)), []          # numbers of the boxes, the best first
@@ -707,61 +696,7 @@ def merge_slices(boxes, scores, slices, overlap=0.5, gap=1):
     return volume_findings(boxes, scores, slices, overlap, gap)[:, :7]
 
 
-# ---- one run --------------------------------------------------------------------------------------
-
-def load(cfg):
-    """Rows and notes of a data set. A file that cannot be used takes no part in training and validation; in
-    the test set it stays, and its lesions count as missed."""
-    rows, notes = datasets.load(cfg.dataset, cfg.root, cfg.images, cfg.seed, boxes=True,
-                                findings=cfg.findings)
-    side = min((min(row.shape[1:]) for row in rows if row.shape), default=math.inf)
-    if cfg.min_distance > side / 10:
-        notes.append(f'--min_distance {cfg.min_distance:g} is over a tenth of the smallest image, '
-                     f'{side} pixels: a hit may be far from its lesion')
-    return rows, notes
-
-
-def work(cfg, device, build=build, load=load):
-    """Trains and tests a detector."""
-    out, rank = Path(cfg.out), dist.get_rank()
-    if rank == 0:
-        if (out / 'last.pt').exists() and not cfg.resume:
-            raise ValueError(f'{out} holds a run; --resume continues it, or choose another --out')
-        out.mkdir(parents=True, exist_ok=True)
-        lock_file = lock(out)
-    state = checkpoint_to_resume(cfg)
-    detector = build(cfg, state).to(device)                 # refuses a wrong --encoder before the reading
-    rows, notes = on_rank_0(load, cfg)
-    parts = {name: [row for row in rows if row.split == name] for name in ('train', 'val', 'test')}
-    for name in detector.splits:
-        if not detector.marked(parts[name]):
-            raise ValueError('; '.join([f'the {name} split has no lesion or no pair', *notes]))
-    if rank == 0:
-        introduce(detector, parts, notes, device)
-    best = train(detector, parts['train'], parts['val'], device, out, state)
-    detector.finish(parts['test'], best, notes, device, out)
-    dist.barrier()
-    if rank == 0:
-        lock_file.close()
-
-
-def introduce(detector, parts, notes, device):
-    """What is about to be trained on what"""
-    cfg, ranks = detector.cfg, dist.get_world_size()
-    encoder = cfg.init_from or ('random weights' if cfg.random_encoder else cfg.encoder)
-    learning = sum(p.numel() for p in detector.parameters() if p.requires_grad) / 1e6
-    accumulate = math.ceil(cfg.batch // ranks / cfg.micro_batch)
-    precision = 'bf16' if computes_in_bf16(device, cfg.amp) else 'fp32'
-    print(f'\n{cfg.dataset} {cfg.root}: {cfg.head} on {encoder}, '
-          f'{learning:.1f} M parameters to train\n  batches of {cfg.batch} = {ranks} ranks x '
-          f'{accumulate} micro-batches, {cfg.size}x{cfg.size} pixels, {device.type} in {precision}')
-    for name, rows in parts.items():
-        print(f'  {name}: {len(rows)} images or volumes of {len({row.patient for row in rows})} '
-              f'patients, {sum(len(row.boxes) for row in rows)} lesions')
-    print(*(f'  {note}\n' for note in notes), sep='', end='', flush=True)
-
-
-def write(out, rows, found):
+def write(out, rows, findings):
     """predictions.csv, labels.csv and boxes.csv, with the columns of the challenge in its order, x w y h in
     the predictions and x y w h in the boxes. VolumeSlices of mammograms is 1. What is neither normal nor
     benign nor cancer counts as actionable."""
@@ -776,15 +711,67 @@ def write(out, rows, found):
         boxes += [(*row.key, '', z, x0, y0, x1 - x0, y1 - y0, kind, '', slices)
                   for z, x0, y0, x1, y1, kind in row.boxes]
     lines = [(*rows[i].key, *(f'{v:.6g}' for v in (x, w, y, h)), int(z), int(depth), repr(value))
-             for i, x, y, w, h, z, depth, value, _ in found]
+             for i, x, y, w, h, z, depth, value, _ in findings]
     score.write_csv(out / 'labels.csv', score.LABEL, labels)
     score.write_csv(out / 'boxes.csv', score.BOX, boxes)
     score.write_csv(out / 'predictions.csv', score.PREDICTION, lines)
 
 
+# ---- one run --------------------------------------------------------------------------------------
+
+def load(cfg):
+    """Rows and notes of a data set. A file that cannot be used takes no part in training and validation; in
+    the test set it stays, and its lesions count as missed."""
+    rows, notes = datasets.load(cfg.dataset, cfg.root, cfg.images, cfg.seed, boxes=True,
+                                findings=cfg.findings)
+    side = min((min(row.shape[1:]) for row in rows if row.shape), default=math.inf)
+    if cfg.min_distance > side / 10:
+        notes.append(f'--min_distance {cfg.min_distance:g} is over a tenth of the smallest image, '
+                     f'{side} pixels: a hit may be far from its lesion')
+    return rows, notes
+
+
+def train_and_test(cfg, device, build=build, load=load):
+    """A run, from the flags to the scores; fuse.py gives its own `build` and `load`."""
+    out, rank = Path(cfg.out), dist.get_rank()
+    if rank == 0:
+        if (out / 'last.pt').exists() and not cfg.resume:
+            raise ValueError(f'{out} holds a run; --resume continues it, or choose another --out')
+        out.mkdir(parents=True, exist_ok=True)
+        held = lock(out)                                    # noqa: F841, until this function returns
+    state = checkpoint_to_resume(cfg)
+    detector = build(cfg, state).to(device)                 # refuses a wrong --encoder before the reading
+    rows, notes = on_rank_0(load, cfg)
+    parts = {name: [row for row in rows if row.split == name] for name in ('train', 'val', 'test')}
+    for name, part in parts.items():
+        if not detector.items(part):
+            raise ValueError('; '.join([f'the {name} split has no lesion or no pair', *notes]))
+    if rank == 0:
+        introduce(detector, parts, notes, device)
+    best = train(detector, parts['train'], parts['val'], device, out, state)
+    detector.finish(parts['test'], best, notes, device, out)
+    dist.barrier()
+
+
+def introduce(detector, parts, notes, device):
+    """What is about to be trained on what"""
+    cfg, ranks = detector.cfg, dist.get_world_size()
+    encoder = cfg.init_from or ('random weights' if cfg.random_encoder else cfg.encoder)
+    trainable = sum(p.numel() for p in detector.parameters() if p.requires_grad) / 1e6
+    accumulate = math.ceil(cfg.batch // ranks / cfg.micro_batch)
+    precision = 'bf16' if computes_in_bf16(device, cfg.amp) else 'fp32'
+    print(f'\n{cfg.dataset} {cfg.root}: {cfg.head} on {encoder}, '
+          f'{trainable:.1f} M parameters to train\n  batches of {cfg.batch} = {ranks} ranks x '
+          f'{accumulate} micro-batches, {cfg.size}x{cfg.size} pixels, {device.type} in {precision}')
+    for name, rows in parts.items():
+        print(f'  {name}: {len(rows)} images or volumes of {len({row.patient for row in rows})} '
+              f'patients, {sum(len(row.boxes) for row in rows)} lesions')
+    print(*(f'  {note}\n' for note in notes), sep='', end='', flush=True)
+
+
 # ---- findings in one file -------------------------------------------------------------------------
 
-def predict(argv, device, restored=restored):
+def predict(argv, device, config=Config, build=build):
     """Findings in one file: findings.json, and a picture of each"""
     parser = argparse.ArgumentParser(prog=f'{Path(sys.argv[0]).name} predict')
     parser.add_argument('file', metavar='FILE', help='a mammogram or a DBT volume')
@@ -793,25 +780,32 @@ def predict(argv, device, restored=restored):
                         'positive per validation slice')
     parser.add_argument('--out', default='runs/predict', help='folder to write')
     args = parser.parse_args(argv)
-    cfg, detector, best = restored(args.checkpoint)
+    state = read_checkpoint(args.checkpoint)
+    if state['config'].keys() != vars(config()).keys():
+        raise ValueError(f'{args.checkpoint} is no run of this script; detect.py and fuse.py load '
+                         'their own')
+    cfg = replace(config(**state['config']), workers=0)
+    detector = build(cfg, state).to(device)
+    detector.load_state_dict(state['best_weights'])
     images.read(args.file, 0, cfg.voi)                      # a picture that is refused says why here
-    threshold = best['threshold'] if args.threshold is None else args.threshold
-    out, found = Path(args.out), []
+    threshold = state['best']['threshold'] if args.threshold is None else args.threshold
+    out, findings = Path(args.out), []
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob('finding_*.png'):
         old.unlink()
-    rows = find_lesions(detector.to(device), [datasets.Row(args.file, '')], device)
+    rows = find_lesions(detector, [datasets.Row(args.file, '')], device)
     for _, x, y, w, h, z, depth, value, frame in rows:
         if value >= threshold:
             box, frame = (x, y, x + w, y + h), int(frame)
             picture = boxed(images.read(args.file, frame, cfg.voi), [(*box, value)])
-            picture.save(out / f'finding_{len(found):02d}.png')
+            picture.save(out / f'finding_{len(findings):02d}.png')
             edges = {name: round(edge, 1) for name, edge in zip(('x0', 'y0', 'x1', 'y1'), box)}
-            found.append(dict(edges, frame=frame, first_frame=int(z),
-                              last_frame=int(z + max(depth, 1) - 1), score=round(value, 4)))
-    about = dict(file=args.file, threshold=threshold, findings=found)
-    score.write_json(out / 'findings.json', about)
-    print(f'{len(found)} findings of score {threshold:.3f} or more -> {out}/findings.json, *.png')
+            findings.append(dict(edges, frame=frame, first_frame=int(z),
+                                 last_frame=int(z + max(depth, 1) - 1), score=round(value, 4)))
+    score.write_json(out / 'findings.json',
+                     dict(file=args.file, threshold=threshold, findings=findings))
+    print(f'{len(findings)} findings of score {threshold:.3f} or more -> {out}/findings.json, '
+          '*.png')
 
 
 def boxed(image, findings=(), truth=(), side=900):
@@ -839,13 +833,14 @@ DEMO = dict(out='runs/detect-demo', encoder='runs/demo/last.pt', size=252, chann
 DETR_DEMO = DEMO | dict(out='runs/detr-demo', queries=50, layers=(1, 3), denoising=20, lr=1e-3)
 
 
-def settings(given):
-    """What replaces the defaults of Config where --root is not among the given flags"""
+def defaults(given):
+    """The defaults where --root is not among the given flags"""
     if 'root' in given:
         return {}
-    there = os.path.isfile(DEMO['encoder'])                 # pretrain.py's demo makes it
-    encoder = {} if there else dict(encoder=None, random_encoder='encoder' not in given)
-    return (DETR_DEMO if given.get('head') == 'detr' else DEMO) | encoder
+    flags = DETR_DEMO if given.get('head') == 'detr' else DEMO
+    if os.path.isfile(DEMO['encoder']):                     # pretrain.py's demo makes it
+        return flags
+    return flags | dict(encoder=None, random_encoder='encoder' not in given)
 
 
 def demo(cfg, device):
@@ -860,19 +855,18 @@ def demo(cfg, device):
         make_phantoms(cfg)
         for name in names:                                  # the demo before is replaced
             (out / name / 'last.pt').unlink(missing_ok=True)
-    dist.barrier()
     for name, epochs in zip(names, (0, cfg.epochs)):
-        work(replace(cfg, out=f'{out}/{name}', epochs=epochs), device)
+        train_and_test(replace(cfg, out=f'{out}/{name}', epochs=epochs), device)
     if dist.get_rank() == 0:
         runs = {name: score.read_predictions(out / name) for name in names}
         truth = score.read_truth(out / 'trained/labels.csv', out / 'trained/boxes.csv')
         score.lesions(runs, *truth, cfg.min_distance, cfg.draws, cfg.seed, out)
-        overlay(Path(cfg.root), runs, truth[1]).save(out / 'overlay.png')
+        picture_sheet(Path(cfg.root), runs, truth[1]).save(out / 'overlay.png')
         print(f'-> {out}: scores.json, froc.png and overlay.png of both: untrained above, trained '
               'below, lesions in blue')
 
 
-def overlay(folder, runs, truth, columns=5):
+def picture_sheet(folder, runs, truth, columns=5):
     """The slices of the first lesions with the best three findings that reach them, a line per run"""
     lines = []
     for rows in runs.values():
@@ -889,18 +883,17 @@ def overlay(folder, runs, truth, columns=5):
 
 def make_phantoms(cfg):
     """Volumes with and without a lesion, as prepare.py would leave them, and lesions.csv"""
-    folder, lines = Path(cfg.root), []
-    folder.mkdir(parents=True, exist_ok=True)
+    volumes, lines = [], []
     for i in range(cfg.phantoms):
         split = 'train' if i < 0.65 * cfg.phantoms else 'val' if i < 0.75 * cfg.phantoms else 'test'
         rng = np.random.default_rng([cfg.seed, i, 0, 5])    # the other demos draw 1 to 4
         example = phantom.breast(rng, slices=8, lesion=i % 3 > 0)
-        volume = [images.clahe(images.to_uint8(image)) for image in example.volume]
-        np.save(folder / f'{i:04d}.npy', np.stack(volume))
+        volumes.append(np.stack([images.clahe(images.to_uint8(image)) for image in example.volume]))
         boxes = [(int(z), *box, 'cancer') for z, *box in example.boxes] or [[''] * 6]
         lines += [(f'{i:04d}.npy', f'{i:04d}', split, *box) for box in boxes]
+    phantom.dataset(cfg.root, volumes)
     columns = 'path patient split frame x0 y0 x1 y1 label'
-    score.write_csv(folder / 'lesions.csv', columns.split(), lines)
+    score.write_csv(Path(cfg.root, 'lesions.csv'), columns.split(), lines)
 
 
 def main(argv):
@@ -909,11 +902,11 @@ def main(argv):
     if argv[:1] == ['predict']:
         predict(argv[1:], device)
     else:
-        cfg = parse(Config, argv, settings, source='root')
-        check(cfg, ranks)
-        if cfg.root is None and '--dataset' in argv:
+        cfg = parse(Config, argv, defaults, source='root')
+        check_flags(cfg, ranks)
+        if cfg.root is None and any(flag.startswith('--dataset') for flag in argv):
             raise ValueError('--dataset needs --root DIR; without them this is a demo')
-        demo(cfg, device) if cfg.root is None else work(cfg, device)
+        demo(cfg, device) if cfg.root is None else train_and_test(cfg, device)
     dist.destroy_process_group()
 
 

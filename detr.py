@@ -4,7 +4,7 @@ a pyramid become a set of boxes. The self-supervision of the same name has nothi
     head = DinoDetr(width=256, classes=1)
     outputs = head(levels, targets)             # levels: (B, C, h, w), fine to coarse; targets in training
     loss = total(losses(outputs, targets)) / max(lesions, 1)            # lesions of the whole batch
-    logits, boxes = outputs['layers'][-1]       # (B, Q, K), (B, Q, 4)
+    logits, boxes = outputs['layers'][-1]       # (B, Q, O), (B, Q, 4)
     $ python detr.py                            # losses of an untrained head, layer by layer
 
 1. Encoder: every cell reads from a few places of all levels (deformable attention, Zhu 2020).
@@ -13,12 +13,11 @@ a pyramid become a set of boxes. The self-supervision of the same name has nothi
 4. In training there are noisy copies of the lesions, to be restored, and noisier ones, to be rejected.
 
 B images, L levels, N cells of all levels, C width, M heads of d channels, P points, Q queries, T denoising
-queries, K classes, G lesions of an image, S of the image with most. Places are x y, boxes cx cy w h, as
+queries, O classes, G lesions of an image, S the largest G of the batch. Places are x y, boxes cx cy w h, as
 shares of the image. targets: for each image a dict of labels, int64 (G,), and boxes, fp32 (G, 4). All is
 computed in fp32, also under autocast. Copy this file alone; it imports nothing of this repository.
 """
 import math
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +31,8 @@ from torch import nn
 
 class DinoDetr(nn.Module):
     """The defaults are the published code's but for `queries` (900 there, for crowded scenes) and `classes`.
-    centres: see `Grid.of`. denoising (the number, 0 for none), lambda1, lambda2: see `denoising_queries`."""
+    encoder, decoder: how many layers. centres: see `Grid.of`. denoising: how many noisy copies, 0 for none;
+    lambda1, lambda2: see `denoising_queries`."""
 
     def __init__(self, width=256, classes=1, queries=300, encoder=6, decoder=6, heads=8, points=4,
                  hidden=2048, levels=4, denoising=100, centres=None, lambda1=1.0, lambda2=2.0):
@@ -48,7 +48,7 @@ class DinoDetr(nn.Module):
         self.proposal_class = nn.Linear(width, classes)
         self.proposal_box = MLP(width, width, width, 4)
         self.content = nn.Embedding(queries, width)
-        self.label_enc = nn.Embedding(classes + 1, width)   # of denoising queries; the last is never read
+        self.label_enc = nn.Embedding(classes + 1, width)   # the published shape, one more than is read
         self.ref_point_head = MLP(2 * width, width, width)
         self.decoder = nn.ModuleList(DecoderLayer(width, *sizes) for _ in range(decoder))
         self.norm = nn.LayerNorm(width)
@@ -60,8 +60,8 @@ class DinoDetr(nn.Module):
             nn.init.zeros_(head.layers[-1].bias)
 
     def forward(self, levels, targets=None, draws=None):
-        """levels: L times (B, C, h, w), fine to coarse -> dict: layers, a list of logits (B, Q, K) and boxes
-        (B, Q, 4); proposals, one such pair; in training with targets also denoising, a list of (B, T, K) and
+        """levels: L times (B, C, h, w), fine to coarse -> dict: layers, a list of logits (B, Q, O) and boxes
+        (B, Q, 4); proposals, one such pair; in training with targets also denoising, a list of (B, T, O) and
         (B, T, 4), and groups."""
         denoise = self.training and targets is not None and self.denoising > 0
         with torch.autocast(levels[0].device.type, enabled=False):
@@ -98,7 +98,7 @@ class DinoDetr(nn.Module):
         """Mixed query selection (DINO 3.4): cells (B, N, C) -> logits and boxes of the best Q proposals, and
         these boxes before the sigmoid, detached, (B, Q, 4): there the decoder starts. A proposal starts as a
         square around its cell, of 0.05 of the image and twice that on each coarser level. Cells within 0.01
-        of the edge and squares above 0.99 make none; the published code may choose them, at infinity."""
+        of the edge and squares above 0.99 propose nothing; the published code puts them at infinity."""
         side = 0.05 * 2.0 ** grid.level[:, None]                                        # (N, 1)
         square = torch.cat([grid.centres, side, side], dim=1)                           # (N, 4)
         valid = ((square > 0.01) & (square < 0.99)).all(1)
@@ -175,8 +175,8 @@ class DecoderLayer(nn.Module):
 
 class DeformableAttention(nn.Module):
     """Each query and head reads P places of each level (Zhu 2020), at offsets and with weights linear in the
-    query. At the start all weights are equal, and head m looks along ray m of M, its points 1 to P units
-    away: cells of a level from a place, P-ths of half a side from the centre of a box."""
+    query. At the start all weights are equal, and head m reads along ray m of M, at 1 to P units from the
+    reference. A unit is a cell of the level if that is a place, and 1 / (2 P) of the side of a box."""
 
     def __init__(self, width, levels=4, heads=8, points=4):
         super().__init__()
@@ -281,7 +281,7 @@ def focal(logits, wanted, alpha=0.25, gamma=2.0):
 
 @torch.no_grad()
 def match(logits, boxes, targets):
-    """The one-to-one assignment of least cost in each image: logits (B, Q, K), boxes (B, Q, 4) -> B times
+    """The one-to-one assignment of least cost in each image: logits (B, Q, O), boxes (B, Q, 4) -> B times
     (queries, lesions), int64 (min(Q, G),) each, sorted by query. Raises FloatingPointError for NaN. The cost
     of a pair is 2 (rise of the focal loss if the query names the class) + 5 L1 - 2 GIoU."""
     labels, true = (nn.utils.rnn.pad_sequence([t[name] for t in targets], batch_first=True)
@@ -295,20 +295,20 @@ def match(logits, boxes, targets):
         raise FloatingPointError('boxes or logits are not finite; is the learning rate too high?')
     counts = [len(target['labels']) for target in targets]
     pairs = [np.stack(linear_sum_assignment(c[:, :n])) for c, n in zip(cost, counts)]
-    found = torch.from_numpy(np.concatenate(pairs, axis=1)).to(boxes.device)
-    return found.split([pair.shape[1] for pair in pairs], dim=1)
+    joined = torch.from_numpy(np.concatenate(pairs, axis=1)).to(boxes.device)
+    return joined.split([pair.shape[1] for pair in pairs], dim=1)
 
 
 def set_loss(logits, boxes, targets, pairs):
-    """Sums over the batch of focal loss, L1 and 1 - GIoU, (3,): logits (B, Q, K), boxes (B, Q, 4). Queries in
+    """Sums over the batch of focal loss, L1 and 1 - GIoU, (3,): logits (B, Q, O), boxes (B, Q, 4). Queries in
     no pair (queries, lesions) of their image are background."""
     wanted = torch.zeros_like(logits)
     for i, (query, lesion) in enumerate(pairs):
         wanted[i, query, targets[i]['labels'][lesion]] = 1
-    found = torch.cat([boxes[i, query] for i, (query, _) in enumerate(pairs)])          # (pairs, 4)
+    matched = torch.cat([boxes[i, query] for i, (query, _) in enumerate(pairs)])        # (pairs, 4)
     true = torch.cat([target['boxes'][lesion] for target, (_, lesion) in zip(targets, pairs)])
-    return torch.stack([focal(logits, wanted).sum(), (found - true).abs().sum(),
-                        (1 - generalized_iou(corners(found), corners(true))).sum()])
+    return torch.stack([focal(logits, wanted).sum(), (matched - true).abs().sum(),
+                        (1 - generalized_iou(corners(matched), corners(true))).sum()])
 
 
 def losses(outputs, targets):
@@ -317,7 +317,7 @@ def losses(outputs, targets):
     predictions = dict(proposals=outputs['proposals'])
     predictions |= {f'layer {i}': layer for i, layer in enumerate(outputs['layers'])}
     # Usually each layer is matched by itself. All layers as one batch make a GPU wait once.
-    logits, boxes = (torch.cat(parts) for parts in zip(*predictions.values()))          # (layers B, Q, K)
+    logits, boxes = (torch.cat(parts) for parts in zip(*predictions.values()))          # (layers B, Q, O)
     pairs = iter(match(logits, boxes, targets * len(predictions)))
     sums = {name: set_loss(*prediction, targets, [next(pairs) for _ in targets])
             for name, prediction in predictions.items()}
@@ -352,7 +352,7 @@ def atd(outputs, targets, k=10):
 class Grid(NamedTuple):
     """Where the cells lie in the image. A level need not cover it evenly: pooling an odd grid drops a row."""
     shapes: list            # L times (h, w)
-    size: torch.Tensor      # (L, 2), w h
+    sides: torch.Tensor     # (L, 2), w h
     first: torch.Tensor     # (L, 2), x y of the centre of the first cell
     step: torch.Tensor      # (L, 2), from one centre to the next
     level: torch.Tensor     # (N,), of every cell by level, row, column
@@ -363,19 +363,19 @@ class Grid(NamedTuple):
         """centres: for square levels, (first, step) of each; by default cells share the image evenly,
         (0.5 / n, 1 / n), which is wrong where a level comes from an odd grid."""
         device, shapes = levels[0].device, [tuple(level.shape[-2:]) for level in levels]
-        size = torch.tensor([(w, h) for h, w in shapes], device=device)
-        first, step = 0.5 / size, 1 / size
+        sides = torch.tensor([(w, h) for h, w in shapes], device=device)
+        first, step = 0.5 / sides, 1 / sides
         if centres is not None:
             first, step = torch.tensor(centres, device=device).T.unsqueeze(-1).expand(-1, -1, 2)
         cells = [torch.cartesian_prod(*(torch.arange(n, device=device) for n in s)) for s in shapes]
         level = torch.cat([torch.full_like(cell[:, 0], i) for i, cell in enumerate(cells)])
         centres = torch.cat([a + b * cell.flip(1) for a, b, cell in zip(first, step, cells)])
-        return Grid(shapes, size, first, step, level, centres)
+        return Grid(shapes, sides, first, step, level, centres)
 
     def within(self, places):
         """Places (..., L, P, 2) of the image -> of each level, where cell j of n is at (j + 0.5) / n"""
-        scale = 1 / (self.step * self.size)                                             # (L, 2), 1 if even
-        return places * scale[:, None] + (0.5 / self.size - self.first * scale)[:, None]
+        scale = 1 / (self.step * self.sides)                                            # (L, 2), 1 if even
+        return places * scale[:, None] + (0.5 / self.sides - self.first * scale)[:, None]
 
 
 def sine(x, width, temperature):
@@ -399,8 +399,8 @@ def corners(boxes):
 
 
 def generalized_iou(a, b):
-    """IoU - (empty share of the smallest box around both) (Rezatofighi 2019): x0 y0 x1 y1, (..., 4) each,
-    broadcast -> (...). The 1e-6 are the published code's and keep boxes without area finite."""
+    """IoU minus the share of the enclosing box that neither covers (Rezatofighi 2019): x0 y0 x1 y1, (..., 4)
+    each, broadcast -> (...). The 1e-6 are the published code's and keep boxes without area finite."""
     (a0, a1), (b0, b1) = a.split(2, dim=-1), b.split(2, dim=-1)                         # (..., 2) each
     common = (torch.minimum(a1, b1) - torch.maximum(a0, b0)).clamp_min(0).prod(-1)
     around = (torch.maximum(a1, b1) - torch.minimum(a0, b0)).prod(-1)
@@ -409,12 +409,10 @@ def generalized_iou(a, b):
 
 
 if __name__ == '__main__':
-    if {'-h', '--help'} & {*sys.argv}:
-        sys.exit(print(__doc__))
     torch.manual_seed(0)
     head, levels = DinoDetr(), [torch.randn(1, 256, n, n) for n in (74, 37, 18, 9)]
     targets = [dict(labels=torch.tensor([0]), boxes=torch.tensor([[0.4, 0.6, 0.1, 0.1]]))]
     outputs = head(levels, targets)
     print(f'Untrained, random levels, one lesion: ATD(1) {atd(outputs, targets, 1):.3f}, losses')
-    for name, parts in losses(outputs, targets).items():
-        print('  {:12s} focal {:.2f}   L1 {:.2f}   1 - GIoU {:.2f}'.format(name, *parts))
+    for name, (focal_loss, l1, giou) in losses(outputs, targets).items():
+        print(f'  {name:12s} focal {focal_loss:.2f}   L1 {l1:.2f}   1 - GIoU {giou:.2f}')

@@ -1,5 +1,5 @@
-"""What an encoder is worth: cancer, lesion, lesion type, BI-RADS, density and five-year risk (MammoDINO 3.3;
-DBT-DINO, arXiv 2512.13608, 2.4, 2.5, 6.2), beside the same head on random weights.
+"""Trains a head on labels, with or without the encoder below it, and tests it beside the same head on random
+weights: cancer, lesion, BI-RADS, density, risk (MammoDINO 3.3; DBT-DINO, arXiv 2512.13608, 2.4, 2.5, 6.2).
 
     $ python finetune.py                                        # on phantoms, no data needed
     $ python finetune.py --root exams.csv --task cancer --encoder runs/mammodino/last.pt
@@ -7,9 +7,10 @@ DBT-DINO, arXiv 2512.13608, 2.4, 2.5, 6.2), beside the same head on random weigh
     $ python finetune.py test --checkpoint RUN --dataset vindr --root DIR --out OUT      # another data set
     $ python finetune.py predict RCC=a.dcm LCC=b.dcm RMLO=c.dcm LMLO=d.dcm --checkpoint RUN
 
-An image, breast or exam is a unit. Its views, images or DBT volumes, become moments, the means and deviations
-of their tokens, side by side; a head turns them into class probabilities. `--head mlp` trains the encoder
-too, as MammoDINO does; the other heads read frozen features, as DBT-DINO does. OUT receives predictions.csv,
+A unit gets one prediction: an image, a breast (CC, MLO) or an exam (four views). A view is a projection here,
+not a crop: an image or a DBT volume, encoded slice by slice. Means and deviations of its tokens are its
+features; those of all views of a unit, side by side, enter the head. `--head mlp` trains the encoder too, as
+MammoDINO does; the other heads read frozen features, as DBT-DINO does. OUT receives predictions.csv,
 run.json, last.pt, and the tables and pictures that score.py makes of them.
 
 B units, V views each, K slices of a view, S x S pixels, N patches, D width, F features, C classes, T years.
@@ -56,9 +57,9 @@ POOLS = dict(cls_mean=[0], cls_mean_std=[0, 1],             # which of the momen
 class Config:
     """Every field is a flag; a None follows from data set, task and head. Sources: [paper] MammoDINO;
     [dbt-dino] arXiv 2512.13608; [ours] a choice of this repository."""
-    dataset: str = option('csv', 'paper 3.3', 'rsna, vindr, cbis, cmmd, cesm, mias or csv',
-                          group='data')
-    root: str | None = option(None, 'ours', 'the data set as published, or a list; or a demo')
+    dataset: str = option('csv', 'paper 3.3',
+                          'rsna, vindr, cbis (or ddsm), cmmd, cesm, mias or csv', group='data')
+    root: str | None = option(None, 'ours', 'data set as published, or your CSV; none: a demo')
     images: str | None = option(None, 'ours', 'where prepare.py put the images of --root')
     task: str = option('cancer', 'paper 3.3', 'cancer, lesion, lesion_type, birads, density, risk')
     cancer_rule: str | None = option(None, 'ours', 'vindr: birads5 or birads45; cmmd: unlisted')
@@ -67,14 +68,13 @@ class Config:
     voi: bool = option(False, 'ours', 'apply the VOI LUT or window of DICOM files; DBT-DINO: yes')
     clahe: bool = option(True, 'paper 3.1', 'CLAHE of files other than .npy; DBT-DINO: no')
 
-    encoder: str | None = option(None, 'ours', 'last.pt, or the official DINOv2 file',
-                                 group='encoder and head')
+    encoder: str | None = option(None, 'ours', 'last.pt or the official DINOv2 file', group='model')
     imagenet: bool = option(True, 'ours', 'input of --encoder is normalised; DBT-DINO: no')
     random_encoder: bool = option(False, 'ours', 'no --encoder: random weights alone')
     dinov2: str | None = option(None, 'paper 3.3', 'the official DINOv2 file, for a row of its own')
     head: str = option('linear', 'ours', 'mlp (MammoDINO), linear, hazard (DBT-DINO) or knn')
     pool: str | None = option(None, 'dbt-dino 3.1', ', '.join(POOLS))
-    freeze: bool | None = option(None, 'dbt-dino 6.2', 'train the head alone; all but mlp do')
+    freeze: bool | None = option(None, 'dbt-dino 6.2', 'train the head alone; mlp: no')
 
     out: str = option('runs/finetune', 'ours', 'folder of this run', group='the run')
     cache: str = option('runs/features', 'dbt-dino 6.2.1', 'frozen features, by unit and weights')
@@ -82,12 +82,11 @@ class Config:
     workers: int = option(min(4, os.cpu_count() or 1), 'ours', 'data processes per rank')
     amp: bool | None = option(None, 'dbt-dino 6.2.1', 'bf16 of the encoder; by default on GPUs')
 
-    epochs: int | None = option(None, 'dbt-dino 6.2', '75, hazard 100, mlp 30',
-                                group='optimization')
+    epochs: int | None = option(None, 'dbt-dino 6.2', '75, hazard 100, mlp 30', group='training')
     batch: int = option(64, 'dbt-dino 6.2', 'units per step, over all ranks')
     micro_batch: int = option(8, 'ours', 'finetuning: units a rank holds at once')
     lr: float | None = option(None, 'ours', 'peak: 1e-3, hazard 3e-4, finetuning 1e-4')
-    search: int = option(0, 'dbt-dino 6.2.1', 'learning rates to compare on validation; 24 there')
+    search: int = option(0, 'dbt-dino 6.2.1', 'learning rates to try on validation; DBT-DINO: 24')
     wd: float = option(1e-4, 'dbt-dino 6.2', 'weight decay')
     layer_decay: float = option(0.75, 'ours', 'finetuning: rate factor per block below the top')
     fraction: tuple[float, ...] = option((1.0,), 'dbt-dino 3.2', 'shares of the training patients')
@@ -99,11 +98,10 @@ class Config:
     phantoms: int = option(700, 'ours', 'breasts: 45 % train, 15 % choose, 40 % test', group='demo')
 
 
-DEMO = dict(out='runs/finetune-demo', encoder='runs/demo/last.pt', search=6, workers=0, epochs=60)
-RECIPES = dict(                 # by head; `rates`: what --search draws from
-    mlp=dict(pool='cls_mean', freeze=False, epochs=30, lr=1e-3, rates=(1e-5, 1e-2)),
-    linear=dict(pool='patch_mean_std', freeze=True, epochs=75, lr=1e-3, rates=(1e-5, 1e-2)),
-    hazard=dict(pool='patch_mean_std', freeze=True, epochs=100, lr=3e-4, rates=(1e-5, 1e-3)),
+RECIPES = dict(                 # by head; `search`: the range that --search draws from
+    mlp=dict(pool='cls_mean', freeze=False, epochs=30, lr=1e-3, search=(1e-5, 1e-2)),
+    linear=dict(pool='patch_mean_std', freeze=True, epochs=75, lr=1e-3, search=(1e-5, 1e-2)),
+    hazard=dict(pool='patch_mean_std', freeze=True, epochs=100, lr=3e-4, search=(1e-5, 1e-3)),
     knn=dict(pool='cls_mean', freeze=True, epochs=0, lr=0.0))
 FINETUNING_LR = 1e-4            # of encoder and head together; the rates above are those of a head alone
 FINETUNING_SLICES = 4           # at most so many of a volume; frozen encoders read all (DBT-DINO 6.2)
@@ -123,7 +121,11 @@ def resolved(cfg, ranks=1):
     if (cfg.head == 'hazard') != (cfg.task == 'risk'):
         raise ValueError(f'--head {cfg.head} --task {cfg.task}: risk takes the hazard head alone')
     if not (cfg.encoder or cfg.random_encoder):
-        raise ValueError('--encoder FILE is missing; --random_encoder does without')
+        raise ValueError('--encoder FILE is missing; give one, or --random_encoder')
+    counts = cfg.batch, cfg.micro_batch, 1 if cfg.epochs is None else cfg.epochs
+    if min(*counts, *cfg.fraction) <= 0 or max(cfg.fraction) > 1:
+        raise ValueError('--batch, --micro_batch and --epochs start at 1; a --fraction is above 0 '
+                         'and at most 1')
     recipe = RECIPES[cfg.head]
     freeze = recipe['freeze'] if cfg.freeze is None else cfg.freeze
     if not freeze and (cfg.search or cfg.head == 'knn' or cfg.batch % ranks):
@@ -131,10 +133,10 @@ def resolved(cfg, ranks=1):
                          f'a multiple of {ranks} ranks')
     # Where labels are given by breast or exam, LEVELS says so. DBT-DINO took its own density by exam.
     level = datasets.LEVELS.get((cfg.dataset, cfg.task), datasets.LEVELS.get(cfg.dataset, 'image'))
+    lr = recipe['lr'] if freeze else FINETUNING_LR
     return replace(cfg, freeze=freeze, level=cfg.level or level, pool=cfg.pool or recipe['pool'],
                    epochs=recipe['epochs'] if cfg.epochs is None else cfg.epochs,
-                   lr=cfg.lr or (recipe['lr'] if freeze else FINETUNING_LR),
-                   fraction=tuple(sorted(set(cfg.fraction))))
+                   lr=lr if cfg.lr is None else cfg.lr, fraction=tuple(sorted(set(cfg.fraction))))
 
 
 # ---- heads ----------------------------------------------------------------------------------------
@@ -147,9 +149,14 @@ def cumulative(x, W, b):
     return nn.functional.softplus(nn.functional.linear(x, W, b)).cumsum(-1)
 
 
-def hazard(x, W, b):
+def risk(H):
     """p_t = 1 - exp(-H_t): the risk of cancer within t years (B, T) (DBT-DINO 6.2.2; Yala 2021)."""
-    return -torch.expm1(-cumulative(x, W, b))
+    return -torch.expm1(-H)
+
+
+def hazard(x, W, b):
+    """The risk (B, T) of features x, from the weights of a head."""
+    return risk(cumulative(x, W, b))
 
 
 def exam_losses(H, y, mask):
@@ -160,15 +167,14 @@ def exam_losses(H, y, mask):
     In log space log(1 - p) = -H exactly, so nothing saturates. H (B, T) cumulative hazards above 0; y (B, T)
     1 if there is cancer by then; mask (B, T) 1 where observed. 0 for an exam without an observed year."""
     H, y, mask = (torch.as_tensor(a).double() for a in (H, y, mask))
-    each = (1 - y) * H - y * torch.log(-torch.expm1(-H.clamp_min(1e-30)))               # (B, T)
+    each = (1 - y) * H - y * torch.log(risk(H.clamp_min(1e-30)))                        # (B, T)
     return (each * mask).sum(-1) / mask.sum(-1).clamp_min(1)
 
 
-def hazard_loss(H, y, mask, weight=None):
-    """The mean of `exam_losses` by `weight` (B,), by default 1, over the exams with an observed year."""
-    seen = torch.as_tensor(mask).sum(-1) > 0
-    weight = seen.double() * (1 if weight is None else torch.as_tensor(weight))
-    return (exam_losses(H, y, mask) * weight).sum() / weight.sum().clamp_min(1e-30)
+def hazard_loss(H, y, mask):
+    """The mean of `exam_losses` over the exams with an observed year."""
+    observed = torch.as_tensor(mask).any(-1).sum()
+    return exam_losses(H, y, mask).sum() / observed.clamp_min(1)
 
 
 class Head(nn.Module):
@@ -243,20 +249,22 @@ class Unit:
     patient: str
     split: str
     label: int | np.ndarray     # class; risk: (T,), 1 cancer by then, 0 none, -1 not observed
-    group: str                  # value of the column --subgroup
+    group: str                  # value of the column --subgroup, or blank
     views: list                 # (slot, Row); a slot may have several
 
 
-def load(cfg):
+def load_units(cfg):
     """The data set -> units, classes, notes on what was left out."""
     tasks = datasets.CLASSES[cfg.dataset]
-    found, notes = [], []
+    listed, notes = [], []
     if cfg.task in tasks:
-        found, notes = datasets.load(cfg.dataset, cfg.root, cfg.images, cfg.seed, cfg.cancer_rule)
-    rows = [row for row in found if cfg.task in row.labels]
+        listed, notes = datasets.load(cfg.dataset, cfg.root, cfg.images, cfg.seed, cfg.cancer_rule)
+    rows = [row for row in listed if cfg.task in row.labels]
     if not rows:
-        no_label = f'{cfg.dataset} has no {cfg.task} label; it takes one of {", ".join(tasks)}'
-        raise ValueError(datasets.REFUSED.get((cfg.dataset, cfg.task), no_label))
+        reason = f'{cfg.dataset} has no {cfg.task} label; it takes one of {", ".join(tasks)}'
+        if cfg.dataset == 'csv':
+            reason = f'{cfg.root} has no column {cfg.task}, nor one named label'
+        raise ValueError(datasets.REFUSED.get((cfg.dataset, cfg.task), reason))
     if cfg.dataset == 'csv' and cfg.task == 'density' and set(cfg.classes) <= set('abcd'):
         for row in rows:
             row.labels['density'] = row.labels['density'].lower()
@@ -267,10 +275,10 @@ def load(cfg):
             raise ValueError(f'{row.path}: {cfg.task} {label!r} is none of {", ".join(classes)}; '
                              'correct it, or name the labels with --classes')
     units = units_of(cfg, rows, classes)
-    unused = len(found) - sum(len(unit.views) for unit in units)
+    unused = len(listed) - sum(len(unit.views) for unit in units)
     incomplete = sum(len(dict(unit.views)) < len(SLOTS[cfg.level]) for unit in units)
     if unused:
-        notes.append(f'{unused} of {len(found)} images take no part: no {cfg.task} label, no view '
+        notes.append(f'{unused} of {len(listed)} images take no part: no {cfg.task} label, no view '
                      f'of {", ".join(SLOTS[cfg.level])}, or lesions of several types')
     if incomplete:
         notes.append(f'{incomplete} {cfg.level}s lack a view; the mean of their others stands in')
@@ -280,7 +288,7 @@ def load(cfg):
 def units_of(cfg, rows, classes):
     """Rows -> units. A breast or exam has the highest label of its images; it takes no part where its images
     hold lesions of different types."""
-    slots, groups, units = SLOTS[cfg.level], defaultdict(list), []
+    slots, views_of, units = SLOTS[cfg.level], defaultdict(list), []
     for row in rows:
         if cfg.level != 'image' and not (row.view and row.laterality):
             raise ValueError(f'{row.path}: --level {cfg.level} needs laterality and view')
@@ -290,19 +298,20 @@ def units_of(cfg, rows, classes):
                           breast=(f'{exam}/{row.laterality}', row.view),
                           exam=(exam, row.laterality + row.view))[cfg.level]
         if view in slots:
-            groups[name].append((slots.index(view), row))
-    for name, views in groups.items():
-        row, labels = views[0][1], [row.labels[cfg.task] for _, row in views]
+            views_of[name].append((slots.index(view), row))
+    for name, views in views_of.items():
+        labels = [row.labels[cfg.task] for _, row in views]
         if cfg.task != 'risk':
             labels = [classes.index(label) for label in labels]
         if cfg.task != 'lesion_type' or len(set(labels)) == 1:
-            units.append(Unit(name, row.patient, row.split, max(labels, key=np.max),
-                              subgroup_of(cfg, row), views))
+            first = views[0][1]
+            units.append(Unit(name, first.patient, first.split, max(labels, key=np.max),
+                              subgroup_of(cfg, first), views))
     return units
 
 
 def subgroup_of(cfg, row):
-    """The value of the column --subgroup; ages become decades, as in DBT-DINO's Table 5."""
+    """The value of the column --subgroup; ages become the four groups of DBT-DINO's Table 5."""
     if not cfg.subgroup:
         return ''
     if cfg.subgroup not in row.record:
@@ -314,16 +323,17 @@ def subgroup_of(cfg, row):
     return value or 'blank'
 
 
-def targets(units):
-    """Classes (B,), or (B, T)"""
+def labels_of(units):
+    """Classes (B,); risk: years (B, T)"""
     return torch.tensor(np.stack([unit.label for unit in units]))
 
 
 def require_classes(parts, notes):
+    """ValueError for a split without two classes; `notes` may say why."""
     for split, units in parts.items():
         if len({int(np.max(unit.label)) for unit in units}) < 2:
-            told = f'the {split} split holds fewer than two classes: give it patients of each class'
-            raise ValueError('; '.join([told, *notes]))
+            raise ValueError('; '.join([f'the {split} split holds fewer than two classes: give it '
+                                        'patients of each class', *notes]))
 
 
 # ---- units -> features ----------------------------------------------------------------------------
@@ -354,11 +364,8 @@ class Views(Dataset):
         return [int((k + 0.5) * K / taken) for k in range(taken)]
 
     def squashed(self, path, frame):
-        """One slice as the encoder's square (DBT-DINO 6.2.1). Prepared .npy files have had their CLAHE, every
-        other file gets it here (MammoDINO 3.1)."""
-        image = images.read(path, frame, self.cfg.voi)
-        if self.cfg.clahe and not path.lower().endswith('.npy'):
-            image = images.clahe(image)
+        """One slice as the encoder's square (DBT-DINO 6.2.1)."""
+        image = images.read_equalised(path, frame, self.cfg.voi, self.cfg.clahe)
         return np.asarray(Image.fromarray(image).resize((self.size,) * 2, Image.Resampling.BICUBIC))
 
 
@@ -378,13 +385,13 @@ def encode(encoder, stacks, of_patches=True):
     pictures = torch.from_numpy(np.concatenate(stacks))                                 # (slices, S, S)
     shape = len(stacks), 2 * kinds, encoder.config['width']
     sums = torch.zeros(shape, dtype=torch.float64, device=device)                       # (views, 4, D)
-    for chunk, of in zip(pictures.split(CHUNK), view_of.split(CHUNK)):
+    for chunk, views in zip(pictures.split(CHUNK), view_of.split(CHUNK)):
         cls, patches = encoder(chunk.to(device).unsqueeze(1).float() / 255)
-        each = []
+        powers = []
         for tokens in (cls.unsqueeze(1), patches)[:kinds]:                              # (chunk, 1 or N, D)
             tokens = tokens.double()
-            each += [tokens.sum(1), tokens.square().sum(1)]
-        sums = sums.index_add(0, of, torch.stack(each, dim=1))
+            powers += [tokens.sum(1), tokens.square().sum(1)]
+        sums = sums.index_add(0, views, torch.stack(powers, dim=1))
     per_slice = torch.tensor([1, patches.shape[1]][:kinds], device=device)
     count = (K[:, None] * per_slice).double().unsqueeze(-1)                             # (views, 2, 1)
     mean = sums[:, 0::2] / count
@@ -404,9 +411,9 @@ def side_by_side(cfg, encoder, batch):
     files = torch.bincount(cell, minlength=B * V).view(B * V, 1, 1)
     mean = moments.new_zeros(B * V, *moments.shape[1:]).index_add(0, cell, moments)
     mean = (mean / files.clamp_min(1)).unflatten(0, (B, V))                             # (B, V, 4, D)
-    there = (files > 0).unflatten(0, (B, V))                                            # (B, V, 1, 1)
-    others = (mean * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp_min(1)
-    return torch.where(there, mean, others)
+    filled = (files > 0).unflatten(0, (B, V))                                           # (B, V, 1, 1)
+    others = mean.sum(1, keepdim=True) / filled.sum(1, keepdim=True).clamp_min(1)
+    return torch.where(filled, mean, others)
 
 
 def pooled(cfg, moments):
@@ -436,35 +443,37 @@ def features(cfg, encoder, units, device):
     rank, ranks, bf16 = dist.get_rank(), dist.get_world_size(), computes_in_bf16(device, cfg.amp)
     paths = cache_paths(cfg, encoder, units, bf16) if cfg.freeze and cfg.cache else None
     mine = range(rank, len(units), ranks)
-    found = {u: np.load(paths[u]) for u in mine if paths and paths[u].exists()}
-    todo, most = [u for u in mine if u not in found], 8 // len(SLOTS[cfg.level])        # eight files
-    batches = [todo[k:k + most] for k in range(0, len(todo), most)]
+    moments = {u: np.load(paths[u]) for u in mine if paths and paths[u].exists()}
+    todo = [u for u in mine if u not in moments]
+    count = 8 // len(SLOTS[cfg.level])                      # units at once: eight files
+    batches = [todo[k:k + count] for k in range(0, len(todo), count)]
     stream = loader(cfg, encoder, [[(units[u], False) for u in numbers] for numbers in batches])
     bar = tqdm(stream, desc='encoding', unit='batch', leave=False, delay=2,
-               disable=rank > 0 or None)                    # None: shown on a terminal alone
+               disable=rank > 0 or None)                    # None: shown only on a terminal
     for numbers, batch in zip(batches, bar):
         if not any(batch):
             continue
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            moments = side_by_side(cfg, encoder, batch).cpu().numpy()
-        for u, views, values in zip(numbers, batch, moments):
+            computed = side_by_side(cfg, encoder, batch).cpu().numpy()
+        for u, views, values in zip(numbers, batch, computed):
             if views:
-                found[u] = values
+                moments[u] = values
             if paths and len(views) == len(units[u].views):
-                beside = paths[u].with_suffix(f'.{os.getpid()}.npy')    # a file is there whole or not at all
-                np.save(beside, values)
-                os.replace(beside, paths[u])
-    found = sorted(gathered(list(found.items())), key=lambda item: item[0])
-    if not found:
+                part = paths[u].with_suffix(f'.{os.getpid()}.npy')      # a file is there whole or not at all
+                np.save(part, values)
+                os.replace(part, paths[u])
+    moments = dict(sorted(gathered(list(moments.items()))))
+    if not moments:
         raise ValueError('no file can be read; the reasons stand above')
-    moments = np.stack([m for _, m in found])                                           # (B, V, 4, D)
-    return [units[u] for u, _ in found], pooled(cfg, torch.from_numpy(moments))
+    x = pooled(cfg, torch.from_numpy(np.stack(list(moments.values()))))                 # (B, F)
+    return [units[u] for u in moments], x
 
 
 # ---- training -------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def validation_loss(cfg, head, x, y):
+    """The mean over validation with every class weighing the same, as in training."""
     outputs = head(x.to(next(head.buffers()).device)).cpu()
     return (unit_losses(cfg, outputs, y) * class_weights(cfg, y)).mean().item()
 
@@ -476,7 +485,8 @@ def fit(cfg, classes, x, y, x_val, y_val):
         return Neighbours(x, y, len(classes)), 0.0
     rates = [cfg.lr]
     if cfg.search:
-        rng, (low, high) = np.random.default_rng([cfg.seed, 24]), np.log(RECIPES[cfg.head]['rates'])
+        rng = np.random.default_rng([cfg.seed, 24])
+        low, high = np.log(RECIPES[cfg.head]['search'])
         rates = np.exp(rng.uniform(low, high, cfg.search)).tolist()
     trials = {lr: train_head(cfg, classes, x, y, x_val, y_val, lr) for lr in rates}
     best = min(trials, key=lambda lr: trials[lr][1])
@@ -509,8 +519,8 @@ def train_head(cfg, classes, x, y, x_val, y_val, lr):
     return best, least
 
 
-class Network(nn.Module):
-    """Encoder and head in one, for finetuning: B units as lists of (slot, images) -> outputs (B, C or T)."""
+class EncoderWithHead(nn.Module):
+    """What is finetuned: B units as lists of (slot, images) -> outputs (B, C or T)."""
 
     def __init__(self, cfg, encoder, head):
         super().__init__()
@@ -543,12 +553,12 @@ def finetune(cfg, encoder, train, val, classes, device):
     rank, ranks, size = dist.get_rank(), dist.get_world_size(), encoder.config['size']
     width = len(SLOTS[cfg.level]) * len(POOLS[cfg.pool]) * encoder.config['width']
     torch.manual_seed(cfg.seed)
-    network = Network(cfg, encoder, Head(cfg.head, width, len(classes))).to(device)
+    network = EncoderWithHead(cfg, encoder, Head(cfg.head, width, len(classes))).to(device)
     devices = [device] if device.type == 'cuda' else None
     ddp = nn.parallel.DistributedDataParallel(network, device_ids=devices)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(device, cfg.amp))
     optimizer = torch.optim.AdamW(vit.param_groups(network, cfg.lr, cfg.wd, cfg.layer_decay))
-    y = targets(train).to(device)
+    y = labels_of(train).to(device)
     weight, steps = class_weights(cfg, y), plan(cfg, len(train), rank, ranks)
     items = [[(train[u], mirrored) for u, mirrored in micro_batch]
              for micro_batches in steps for micro_batch in micro_batches]
@@ -561,21 +571,21 @@ def finetune(cfg, encoder, train, val, classes, device):
             group['lr'] = group['lr_scale'] * rate
         for micro_batch in micro_batches:
             chosen, batch = [u for u, _ in micro_batch], next(stream)
-            there = torch.tensor([bool(views) for views in batch], device=device)
+            readable = torch.tensor([bool(views) for views in batch], device=device)
             if not any(batch):                              # a blank image, which weighs nothing
                 batch[0] = [(0, np.zeros((1, size, size), np.uint8))]
             with nullcontext() if micro_batch is micro_batches[-1] else ddp.no_sync():
                 with amp:
                     outputs = ddp(batch)
-                losses = unit_losses(cfg, outputs, y[chosen]) * weight[chosen] * there
+                losses = unit_losses(cfg, outputs, y[chosen]) * weight[chosen] * readable
                 # The mean over a batch is a sum over its micro-batches and ranks; DDP divides by ranks.
                 (losses.sum() * ranks / cfg.batch).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % (len(steps) // cfg.epochs) == 0:    # an epoch has ended
-            seen, x = features(cfg, encoder, val, device)
-            loss = validation_loss(cfg, network.head, x, targets(seen))
+            val_readable, x = features(cfg, encoder, val, device)
+            loss = validation_loss(cfg, network.head, x, labels_of(val_readable))
             if loss < least:
                 least, best = loss, deepcopy(network)
             bar.set_postfix(val=f'{loss:.4f}', best=f'{least:.4f}')
@@ -586,56 +596,57 @@ def finetune(cfg, encoder, train, val, classes, device):
 # ---- one run --------------------------------------------------------------------------------------
 
 def encoders(cfg):
-    """{name: encoder}. Random weights come first, since a good head alone scores well; they have the shape of
-    --encoder. Their LayerScale is 1: at DINOv2's 1e-5 every block of a random network would be the identity,
-    and easy to beat."""
-    found = {}
+    """{name: encoder}, the main one last. Random weights come first, since a good head alone scores well.
+    They have the shape of --encoder, but LayerScale 1: at DINOv2's 1e-5 every block of a random network would
+    be the identity, and easy to beat."""
+    given = {}
     if cfg.dinov2:
-        found['DINOv2'] = vit.load(cfg.dinov2)
+        given['DINOv2'] = vit.load(cfg.dinov2)
     if cfg.encoder:
-        found['pretrained'] = vit.load(cfg.encoder, imagenet=cfg.imagenet)
-    shape = found['pretrained'].config if cfg.encoder else SMALL
+        given['pretrained'] = vit.load(cfg.encoder, imagenet=cfg.imagenet)
+    shape = given['pretrained'].config if cfg.encoder else SMALL
     torch.manual_seed(cfg.seed)
-    return {'random init': vit.ViT(**shape, layerscale=1.0).eval(), **found}
+    return {'random init': vit.ViT(**shape, layerscale=1.0).eval(), **given}
 
 
 @torch.no_grad()
-def predicted(cfg, head, x):
+def probabilities(cfg, head, x):
     """Features (B, F) -> probabilities (B, C), or the risk within each year (B, T)."""
     outputs = head(x.to(next(head.buffers()).device)).cpu().double()
-    return (-torch.expm1(-outputs) if cfg.task == 'risk' else outputs.softmax(-1)).numpy()
+    return (risk(outputs) if cfg.task == 'risk' else outputs.softmax(-1)).numpy()
 
 
 def evaluate(cfg, device):
-    """One data set and task: for every encoder and every fraction of the training patients, a head is trained
+    """One data set and task: for every encoder and every share of the training patients, a head is trained
     and tried on the test set."""
     rank, out = dist.get_rank(), Path(cfg.out)
     compared = encoders(cfg)                                # a wrong file is named before hours of reading
-    units, classes, notes = on_rank_0(load, cfg)
+    units, classes, notes = on_rank_0(load_units, cfg)
     parts = {split: [unit for unit in units if unit.split == split]
              for split in ('train', 'val', 'test')}
     require_classes(parts, notes)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        lock_file = lock(out)                               # noqa: F841, open until the process ends
+        lock_file = lock(out)
         introduce(cfg, parts, classes, notes)
     results = []
     for name, encoder in compared.items():
-        trained = encoder.to(device)
+        trained, train = encoder.to(device), parts['train']
         if cfg.freeze:
-            data = {split: features(cfg, encoder, part, device) for split, part in parts.items()}
+            data = {split: features(cfg, trained, part, device) for split, part in parts.items()}
             require_classes({split: readable for split, (readable, _) in data.items()},
                             ['unreadable files were left out; they are named above'])
+            (train, x), (val, x_val) = data['train'], data['val']
         for share in cfg.fraction:
+            chosen = drawn(train, share, cfg.seed)
             if cfg.freeze:
-                (train, x), (val, x_val) = data['train'], data['val']
-                chosen, y = drawn(train, share, cfg.seed), targets(train)
-                head, loss = fit(cfg, classes, x[chosen], y[chosen], x_val, targets(val))
+                head, loss = fit(cfg, classes, x[chosen], labels_of(train)[chosen], x_val,
+                                 labels_of(val))
             else:                                           # random weights hold nothing to preserve
                 decay = 1.0 if name == 'random init' else cfg.layer_decay
-                train = [parts['train'][u] for u in drawn(parts['train'], share, cfg.seed)]
                 trained, head, loss = finetune(replace(cfg, layer_decay=decay), deepcopy(encoder),
-                                               train, parts['val'], classes, device)
+                                               [train[u] for u in chosen], parts['val'], classes,
+                                               device)
                 data = {split: features(cfg, trained, parts[split], device)
                         for split in ('val', 'test')}
             if not math.isfinite(loss):
@@ -643,10 +654,11 @@ def evaluate(cfg, device):
             threshold = None
             if cfg.task in score.BINARY:
                 val, x_val = data['val']
-                threshold = metrics.youden(targets(val), predicted(cfg, head, x_val)[:, 1])
-            tested, x_test = data['test']
-            results.append((name, share, tested, predicted(cfg, head, x_test), threshold))
-    if rank == 0:                                           # of the last encoder, on its largest share
+                threshold = metrics.youden(labels_of(val), probabilities(cfg, head, x_val)[:, 1])
+            test, x_test = data['test']
+            results.append((name, share, test, probabilities(cfg, head, x_test), threshold))
+    if rank == 0:
+        # The loops ended with the main encoder on its largest share; its head is the one to keep.
         weights = {f'backbone.{k}': v.cpu() for k, v in trained.state_dict().items()}
         save(out / 'last.pt', dict(config=asdict(cfg), classes=classes, threshold=threshold,
                                    head=head.cpu().state_dict(), vit=trained.config,
@@ -656,11 +668,18 @@ def evaluate(cfg, device):
         print(f'-> {out}: predictions.csv, scores.json, last.pt, pictures. Next:\n'
               f'   python score.py {out} OTHER\n'
               f'   python finetune.py predict FILE --checkpoint {out}')
+        lock_file.close()
     dist.barrier()
 
 
+def refuse_existing(out):
+    """ValueError for a folder that holds a run of this or another script, which would be overwritten."""
+    if any((Path(out) / name).exists() for name in ('run.json', 'last.pt')):
+        raise ValueError(f'{out} holds a run; choose another --out')
+
+
 def drawn(units, share, seed):
-    """Numbers of the units of a share of the patients, of each highest label alike."""
+    """Numbers of the units of a share of the patients, the same share of those with each highest label."""
     strata = {}
     for unit in units:
         strata[unit.patient] = max(strata.get(unit.patient, 0), int(np.max(unit.label)))
@@ -670,11 +689,11 @@ def drawn(units, share, seed):
 
 def introduce(cfg, parts, classes, notes):
     """What is about to be learnt from what, and what was left out."""
-    state, encoder = 'frozen' if cfg.freeze else 'finetuned', cfg.encoder or 'random weights'
+    state = 'frozen' if cfg.freeze else 'finetuned'
     print(f'\n{cfg.task} of {cfg.dataset}, {cfg.level} level: {cfg.head} head on {cfg.pool} of '
-          f'{encoder}, {state}')
+          f'{cfg.encoder or "random weights"}, {state}')
     for split, units in parts.items():
-        asked = score.questions(dict(task=cfg.task, classes=classes), targets(units).numpy())
+        asked = score.questions(dict(task=cfg.task, classes=classes), labels_of(units).numpy())
         counts = ', '.join(f'{name} {truth.sum()}' for name, (_, truth, _) in asked.items())
         patients = len({unit.patient for unit in units})
         print(f'  {split:5} {len(units)} {cfg.level}s of {patients} patients; {counts}')
@@ -684,22 +703,21 @@ def introduce(cfg, parts, classes, notes):
 def write(cfg, classes, notes, results):
     """predictions.csv and run.json, from which score.py makes everything else. A result is the name of the
     encoder, the share of the training patients, units, their probabilities, and the threshold of validation
-    from which a case counts as positive; without it the likeliest class is the decision."""
+    from which a case counts as positive; without it the likeliest class is predicted."""
     lines = []
     for name, share, units, p, threshold in results:
-        guess = p.argmax(1) if threshold is None else (p[:, 1] >= threshold).astype(int)
-        for unit, c, probabilities in zip(units, guess, p.tolist()):
+        likeliest = p.argmax(1) if threshold is None else (p[:, 1] >= threshold).astype(int)
+        for unit, c, row in zip(units, likeliest, p.tolist()):
             if cfg.task == 'risk':
-                truth, decision = ' '.join(map(str, unit.label)), ''
+                labels = ' '.join(map(str, unit.label)), ''
             else:
-                truth, decision = classes[unit.label], classes[c]
-            lines.append((name, share, unit.name, unit.patient, unit.group, truth, decision,
-                          *probabilities))
+                labels = classes[unit.label], classes[c]
+            lines.append((name, share, unit.name, unit.patient, unit.group, *labels, *row))
     header = ('encoder', 'share', 'unit', 'patient', 'group', 'target', 'predicted',
               *(f'p_{name}' for name in classes))
     score.write_csv(Path(cfg.out) / 'predictions.csv', header, lines)
-    about = dict(encoder=cfg.encoder or 'random weights', classes=classes, notes=notes)
-    score.write_json(Path(cfg.out) / 'run.json', asdict(cfg) | about)
+    run = asdict(cfg) | dict(encoder=cfg.encoder or 'random weights', classes=classes, notes=notes)
+    score.write_json(Path(cfg.out) / 'run.json', run)
 
 
 # ---- trained heads on other images ----------------------------------------------------------------
@@ -729,24 +747,28 @@ def test(argv, device):
     parser.add_argument('--images')
     parser.add_argument('--cancer_rule')
     args = vars(parser.parse_args(argv))
-    folder = args.pop('checkpoint')
+    folder, out = args.pop('checkpoint'), Path(args['out'])
+    refuse_existing(out)
     own, encoder, head, classes, threshold = restored(folder)
     own_labels = tuple(classes) if args['dataset'] == 'csv' else ()     # a list uses those of the head
     cfg = replace(own, **args, classes=own_labels, subgroup=None)
-    units, theirs, notes = on_rank_0(load, cfg)
+    units, theirs, notes = on_rank_0(load_units, cfg)
     if len(theirs) != len(classes):
         raise ValueError(f'the classes of {cfg.dataset} are {", ".join(theirs)}, those of the head '
                          f'{", ".join(classes)}')
     notes.append(f'classes {", ".join(theirs)} stand for {", ".join(classes)}')
     units = [unit for unit in units if unit.split == 'test']
+    if not units:
+        raise ValueError(f'{cfg.root} has no test split')
     units, x = features(cfg, encoder.to(device), units, device)
-    p = predicted(cfg, head, x)
     if dist.get_rank() == 0:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        write(cfg, classes, notes, [('trained elsewhere', 1.0, units, p, threshold)])
-        print(*notes, sep='\n')
-        score.heads([folder, cfg.out], Path(cfg.out), cfg.draws, cfg.seed)
-        print(f'-> {cfg.out}/predictions.csv, scores.json')
+        p = probabilities(cfg, head, x)
+        out.mkdir(parents=True, exist_ok=True)
+        with lock(out):
+            write(cfg, classes, notes, [('trained elsewhere', 1.0, units, p, threshold)])
+            print(*notes, sep='\n')
+            score.heads([folder, cfg.out], out, cfg.draws, cfg.seed)
+        print(f'-> {out}/predictions.csv, scores.json')
 
 
 def predict(argv, device):
@@ -756,20 +778,20 @@ def predict(argv, device):
     parser.add_argument('--checkpoint', required=True, metavar='RUN')
     args = parser.parse_args(argv)
     cfg, encoder, head, classes, threshold = restored(args.checkpoint)
-    unknown, rows = [0] if cfg.task == 'risk' else classes[0], []       # a label that is not used
+    labels = {cfg.task: [0] if cfg.task == 'risk' else classes[0]}      # any: it is not used
+    rows = []
     for file in args.files:
         view, _, path = ('', '', file) if cfg.level == 'image' else file.partition('=')
         if cfg.level != 'image' and view not in SLOTS['exam']:
             raise ValueError(f'this model reads {cfg.level}s: give VIEW=FILE, of '
                              f'{", ".join(SLOTS["exam"])}')
         images.read(path)                                   # raises what is wrong with it
-        rows.append(datasets.Row(path, cfg.level, '', view[:1], view[1:], name=path,
-                                 labels={cfg.task: unknown}))
+        rows.append(datasets.Row(path, cfg.level, '', view[:1], view[1:], name=path, labels=labels))
     units = units_of(replace(cfg, subgroup=None), rows, classes)
     units, x = features(cfg, encoder.to(device), units, device)
-    for unit, p in zip(units, predicted(cfg, head, x)):
-        shown = ', '.join(f'{name} = {value:.3f}' for name, value in zip(classes, p))
-        print(f'{unit.name}: {cfg.task} {shown}')
+    for unit, p in zip(units, probabilities(cfg, head, x)):
+        values = ', '.join(f'{name} = {value:.3f}' for name, value in zip(classes, p))
+        print(f'{unit.name}: {cfg.task} {values}')
     if cfg.head != 'knn':
         print('Classes weighed the same in training: these are scores, not shares of a population.')
     if threshold is not None:
@@ -777,6 +799,9 @@ def predict(argv, device):
 
 
 # ---- the demo, no part of the method --------------------------------------------------------------
+
+DEMO = dict(out='runs/finetune-demo', encoder='runs/demo/last.pt', search=6, workers=0, epochs=60)
+
 
 def demo(cfg, device):
     """Density and cancer of synthetic breasts that no training has seen, prepared like any data set."""
@@ -791,18 +816,18 @@ def demo(cfg, device):
             split = 'train' if done < 0.45 else 'val' if done < 0.6 else 'test'
             example = phantom.breast(np.random.default_rng([cfg.seed, i, 0, 4]))        # pretrain.py: 1 to 3
             volumes.append(images.clahe(images.to_uint8(example.volume[0]))[None])
-            about = f'{i:04d}.npy', f'{i:04d}', split
-            lines.append((*about, 'abcd'[example.density], example.cancer))
+            name, density = f'{i:04d}', 'abcd'[example.density]
+            lines.append((f'{name}.npy', name, split, density, example.cancer))
         phantom.dataset(folder, volumes)
-        header = 'path', 'patient', 'split', 'density', 'cancer'
-        score.write_csv(folder / 'manifest.csv', header, lines)
+        columns = 'path', 'patient', 'split', 'density', 'cancer'
+        score.write_csv(folder / 'manifest.csv', columns, lines)
     dist.barrier()
     cfg = replace(cfg, root=str(folder), cache=f'{cfg.out}/features', random_encoder=absent,
                   encoder=None if absent else cfg.encoder,
                   search=0 if cfg.head == 'mlp' else cfg.search)
-    ranks = dist.get_world_size()
     for task in ('density', 'cancer'):
-        evaluate(resolved(replace(cfg, task=task, out=f'{cfg.out}/{task}'), ranks), device)
+        settings = replace(cfg, task=task, out=f'{cfg.out}/{task}')
+        evaluate(resolved(settings, dist.get_world_size()), device)
 
 
 def main(argv):
@@ -814,13 +839,12 @@ def main(argv):
         test(argv[1:], device)
     else:
         cfg = parse(Config, argv, DEMO, source='root')
-        if cfg.root is None and {'--dataset', '--task'} & set(argv):
+        if cfg.root is None and (cfg.dataset, cfg.task) != (Config.dataset, Config.task):
             raise ValueError('--dataset and --task need --root DIR; without them this is a demo')
         if cfg.root is None:
             demo(cfg, device)
-        elif (Path(cfg.out) / 'run.json').exists():
-            raise ValueError(f'{cfg.out} holds a run; choose another --out')
         else:
+            refuse_existing(cfg.out)
             evaluate(resolved(cfg, ranks), device)
     dist.destroy_process_group()
 

@@ -13,9 +13,8 @@ those of detect.py; the defaults of those that shape the detector are the values
 
 B images, S pixels of a side, C channels, h w cells of a level.
 """
-import json
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,18 +26,19 @@ import datasets
 import detect
 import mask
 import retinanet
+import score
 import vit
 from run import option, parse, script, setup
 
 LEVELS = retinanet.LEVELS
 RECIPE = ('size', 'voi', 'clahe', 'channels', 'freeze', 'head', 'dropout', 'queries', 'layers',
           'denoising', 'lambdas')                           # what shapes the detector
-checkpoint = cache(detect.checkpoint)                       # its recipe and its weights: it is read once
 
 
 @dataclass
 class Config(detect.Config):
     """The flags of detect.py and two more. [sharma] is arXiv 2408.08560."""
+    root: str | None = option(None, 'ours', 'list of the synthetic mammograms: SM.csv')
     out: str = option('runs/fuse', 'ours', 'folder of this run', group='the run')
     paired: str | None = option(None, 'sharma', 'list of the other images of the same views: FFDM',
                                 group='fusion')
@@ -47,14 +47,13 @@ class Config(detect.Config):
 
 # ---- stage II: B imitates C -----------------------------------------------------------------------
 
-class Mimic(detect.Detector):
+class Mimic(detect.Features):
     """B learns to make from SM the levels that `other`, which is C and frozen, makes from FFDM. Its images
-    are those of `Pairs`, (B, 3, S, S)."""
-
-    splits = ('train', 'val')
+    are those of `Pairs`, (B, 3, S, S). detect.py trains it like a Detector."""
 
     def __init__(self, cfg, encoder, other):
-        super().__init__(cfg, encoder, Imitation)
+        super().__init__(encoder, cfg.channels, cfg.freeze)
+        self.cfg, self.dataset, self.head = cfg, Pairs, Imitation(cfg)
         self.other = other.requires_grad_(False)
 
     def forward(self, images, boxes=None):
@@ -62,10 +61,8 @@ class Mimic(detect.Detector):
             aims = self.other.levels(images[:, 1:])
         return self.head(self.levels(images), aims)
 
-    def frames(self, rows):
-        return Pairs(self.cfg, rows)
-
-    def marked(self, rows):
+    def items(self, rows):
+        """What every epoch sees: every pair"""
         return [(i, 0) for i in range(len(rows))]
 
     def validate(self, rows, device):
@@ -73,11 +70,11 @@ class Mimic(detect.Detector):
         level this cosine and `constant`, what the mean of C's vectors alone would reach"""
         cosines, locations = torch.zeros(2, len(LEVELS), device=device)         # sums of each level
         aims = torch.zeros(len(LEVELS), self.cfg.channels, device=device)
-        mine = self.marked(rows)[dist.get_rank()::dist.get_world_size()]
-        for samples, answers in detect.infer(self, rows, mine, device):
+        my_items = self.items(rows)[dist.get_rank()::dist.get_world_size()]
+        for samples, answers in detect.infer(self, rows, my_items, device):
             images = torch.from_numpy(np.stack([sample['image'] for sample in samples]))
-            for i, (pair, here) in enumerate(zip(answers, self.head.tissue(images))):
-                guess, aim = (x.permute(0, 2, 3, 1)[here.to(device)] for x in pair)     # (locations, C)
+            for i, (pair, tissue) in enumerate(zip(answers, self.head.tissue(images))):
+                guess, aim = (x.permute(0, 2, 3, 1)[tissue.to(device)] for x in pair)   # (locations, C)
                 cosines[i] += (guess * aim).sum()
                 locations[i] += len(guess)
                 aims[i] += aim.sum(0)
@@ -94,7 +91,7 @@ class Mimic(detect.Detector):
                 verdict = '' if cosine > constant else ': B is no better'
                 print(f"  {level}: cosine with C {cosine:.3f}, of C's mean alone {constant:.3f}"
                       f'{verdict}')
-            (out / 'scores.json').write_text(json.dumps(best, indent=1))
+            score.write_json(out / 'scores.json', best)
             print(f'-> {out}: last.pt, scores.json. Next:\n  python fuse.py fuse --root '
                   f'{self.cfg.root} --init_from A --other {out} --out FUSED')
 
@@ -103,7 +100,6 @@ class Imitation(nn.Module):
     """The head of stage II, a 3x3 convolution per level from B's levels to C's; stage III leaves it out."""
 
     TERMS = ('negative_cosine',)
-    atd = ()
 
     def __init__(self, cfg):
         super().__init__()
@@ -130,10 +126,10 @@ class Imitation(nn.Module):
         """Eq. 2: minus the cosine, its mean over the tissue, then over levels; summed over images, (1,).
         Without the mask the air, which is most of an image, would decide."""
         terms = []
-        for (guess, aim), here in zip(answers, self.tissue(batch['images'])):
-            here = here.to(guess.device)
+        for (guess, aim), tissue in zip(answers, self.tissue(batch['images'])):
+            tissue = tissue.to(guess.device)
             cosine = (guess * aim).sum(1)                                               # (B, h, w)
-            mean = (cosine * here).sum((1, 2)) / here.sum((1, 2)).clamp_min(1)          # (B,)
+            mean = (cosine * tissue).sum((1, 2)) / tissue.sum((1, 2)).clamp_min(1)      # (B,)
             terms.append(-mean.sum())
         return torch.stack(terms).mean(0, keepdim=True)
 
@@ -149,6 +145,7 @@ class Fused(detect.Detector):
 
     def __init__(self, cfg, encoder, other):
         super().__init__(cfg, encoder)
+        self.dataset = Pairs if cfg.paired else detect.Frames
         self.other = other.requires_grad_(False)
         self.mix = nn.ModuleList(nn.Conv2d(2 * cfg.channels, cfg.channels, 1) for _ in LEVELS)
         for mix in self.mix:
@@ -161,22 +158,19 @@ class Fused(detect.Detector):
         pairs = zip(super().levels(images), others)
         return [mix(torch.cat(pair, dim=1)) for mix, pair in zip(self.mix, pairs)]      # (B, C, h, w)
 
-    def frames(self, rows):
-        return Pairs(self.cfg, rows) if self.cfg.paired else super().frames(rows)
-
 
 def build(kind, cfg, state=None):
     """Mimic or Fused, to be filled from its checkpoint `state`; or at its start, with encoder, pyramid and
     head of --init_from beside encoder and pyramid of --other."""
     if state:
-        other = detect.Features(vit.ViT(**state['encoders'][1]), cfg.channels)
-        return kind(cfg, vit.ViT(**state['encoders'][0]), other)
-    theirs = checkpoint(cfg.other)
+        encoder, other = (vit.ViT(**config) for config in state['encoders'])
+        return kind(cfg, encoder, detect.Features(other, cfg.channels))
+    theirs = detect.read_checkpoint(cfg.other)
     for name in ('size', 'channels'):
         if theirs['config'][name] != getattr(cfg, name):
             raise ValueError(f'{cfg.other} has --{name} {theirs["config"][name]}; give the same')
     encoder = vit.ViT(**theirs['encoders'][0])
-    start = detect.build(cfg, start=checkpoint(cfg.init_from))  # seeds the random numbers of what follows
+    start = detect.build(cfg)                               # seeds the random numbers of what follows
     other = detect.Features(encoder, cfg.channels)
     other.load_state_dict({k: theirs['best_weights'][k] for k in other.state_dict()})
     model = kind(cfg, start.encoder, other)
@@ -199,11 +193,11 @@ class Pairs(detect.Frames):
 
     channels = 3
 
-    def read(self, i, z):
-        (image,), partner = super().read(i, z), self.square(self.rows[i].partner, 0)
+    def image(self, row, z):
+        image, partner = self.read(row, z), self.read(row.partner, 0)                   # (S, S) each
         if heavier_half(image) != heavier_half(partner):
-            raise ValueError(f'{self.rows[i].path} is the mirror image of its pair')
-        return [image, partner, np.uint8(255 * mask.tissue(image, percentile=None))]
+            raise ValueError(f'{row.path} is the mirror image of its pair')
+        return np.stack([image, partner, np.uint8(255 * mask.tissue(image, percentile=None))])
 
 
 def heavier_half(image):
@@ -213,9 +207,11 @@ def heavier_half(image):
 
 
 def load(cfg):
-    """Rows of --root with their `partner` in --paired, and notes. A row without a partner, or with one of
-    another shape, takes no part."""
+    """Rows of --root, with --paired each with its `partner`, and notes. A row without a partner, or with one
+    of another shape, takes no part."""
     rows, notes = detect.load(cfg)
+    if not cfg.paired:
+        return rows, notes
     others, more = datasets.load('csv', cfg.paired, cfg.images, cfg.seed, boxes=True)
     partners, kept, wrong = {row.key: row for row in others}, [], []
     for row in rows:
@@ -243,10 +239,13 @@ def check_pair(row):
 
 # ---- command line ---------------------------------------------------------------------------------
 
-def recipe(given):
+def defaults(given):
     """Flags that are given -> defaults of others, as in the run that this one starts from"""
     start = given.get('init_from') or given.get('other')
-    return {name: checkpoint(start)['config'][name] for name in RECIPE} if start else {}
+    if not start:
+        return {}
+    config = detect.read_checkpoint(start)['config']
+    return {name: config[name] for name in RECIPE}
 
 
 def main(argv):
@@ -255,9 +254,9 @@ def main(argv):
     argv = argv or ['--help']
     command, *flags = argv
     if command == 'predict':
-        detect.predict(flags, device, partial(detect.restored, config=Config, build=build_trained))
+        detect.predict(flags, device, Config, build_trained)
     else:
-        cfg = parse(Config, argv if command.startswith('-') else flags, recipe, source='root')
+        cfg = parse(Config, argv if command.startswith('-') else flags, defaults, source='root')
         needed = dict(mimic=('root', 'other', 'paired', 'epochs'),
                       fuse=('root', 'other', 'init_from'))
         if command not in needed:
@@ -267,9 +266,9 @@ def main(argv):
             raise ValueError(f'{command} needs {" and ".join(missing)}')
         if command == 'mimic':                              # B starts as C; there are no normals to draw
             cfg = replace(cfg, init_from=cfg.init_from or cfg.other, normals=0.0)
-        detect.check(cfg, ranks)
-        detect.work(cfg, device, load=load if cfg.paired else detect.load,
-                    build=partial(build, Mimic if command == 'mimic' else Fused))
+        detect.check_flags(cfg, ranks)
+        kind = Mimic if command == 'mimic' else Fused
+        detect.train_and_test(cfg, device, partial(build, kind), load)
     dist.destroy_process_group()
 
 

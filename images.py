@@ -13,6 +13,7 @@ Copy this file alone; it imports nothing of this repository.
 import contextlib
 import io
 import logging
+import math
 import os
 import re
 import struct
@@ -45,15 +46,17 @@ def read(path, frame=0, voi=False, percentiles=None):
 
     Bright is dense: MONOCHROME1 and exposures with bright air are inverted. `voi` applies the VOI LUT or
     window first. DICOM padding is left out of the stretch and becomes 0. `percentiles` (low, high) replace
-    minimum and maximum. A .npy of uint8 is returned as it is. One frame is decoded, never the volume.
-    """
+    minimum and maximum. A .npy of uint8 is returned as it is. One frame is decoded, never the volume."""
     with _opened(path) as ((K, _, _), _, decode):
         if not 0 <= frame < K:
             raise Unreadable(f'frame {frame} is asked for, the file has {K}')
-        pixels, padding, inverted = decode(frame, voi)
-        if inverted is None:
-            return pixels
-        return to_uint8(pixels, padding, inverted, percentiles)
+        return decode(frame, voi, percentiles)
+
+
+def read_equalised(path, frame=0, voi=False, equalise=True):
+    """`read`, then CLAHE; a .npy is taken as it is, since prepare.py has equalised it."""
+    image = read(path, frame, voi)
+    return clahe(image) if equalise and not str(path).lower().endswith('.npy') else image
 
 
 def frames(path):
@@ -83,33 +86,32 @@ def refusal(path):
 
 
 def listing(root):
-    """Every image file below `root`, sorted, through linked folders too. A file without a suffix, or with
-    a number for one, counts if it begins like DICOM; hidden files and DICOMDIR do not."""
+    """Every image file below `root`, sorted, through linked folders too. A file without a suffix, or with a
+    number for one, counts if DICM stands at byte 128; hidden files and DICOMDIR do not."""
     def fail(error):                                        # os.walk would skip the folder in silence
         raise OSError(f'{error.filename}: {error.strerror}; expected a folder that can be read')
 
-    found, seen = [], set()
-    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
-        if os.path.realpath(folder) in seen:                # a link back to where the walk was
-            inner.clear()
+    paths, visited = [], set()
+    for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
+        if os.path.realpath(folder) in visited:             # a link back to where the walk was
+            subfolders.clear()
             continue
-        seen.add(os.path.realpath(folder))
+        visited.add(os.path.realpath(folder))
         for name in names:
             path, suffix = os.path.join(folder, name), os.path.splitext(name)[1].lower()
             if not suffix.strip('.0123456789') and os.path.isfile(path):    # a UID for a name
                 mark = np.fromfile(path, np.uint8, 4, offset=128).tobytes()
                 suffix = '.dcm' if mark == b'DICM' else ''
             if suffix in SUFFIXES and name[0] != '.' and name != 'DICOMDIR':
-                found.append(path)
-    if not found:
+                paths.append(path)
+    if not paths:
         raise ValueError(f'{root}: no DICOM, PNG, TIFF, PGM, JPEG or .npy file in it')
-    return sorted(found)
+    return sorted(paths)
 
 
 @contextlib.contextmanager
 def _opened(path):
-    """-> (K, H, W), DICOM header or None, a function (frame, voi) -> pixels (H, W), padding, whether to
-    invert (None: they are 8-bit greys already).
+    """-> (K, H, W); the header of DICOM, else None; decode(frame, voi, percentiles) -> uint8 (H, W).
     Whatever a broken file makes a decoder raise, here or in the block that uses it, becomes one sentence."""
     try:
         with warnings.catch_warnings(action='ignore'), open(path, 'rb') as file:    # warnings quote headers
@@ -122,7 +124,9 @@ def _opened(path):
                 K, H, W = len(stored), ds.Rows, ds.Columns
                 decode = partial(_read_dicom, file, ds, stored)
             elif head.startswith(b'\x93NUMPY'):
-                (K, H, W), decode = _open_npy(path)
+                volume = _open_npy(path)
+                K, H, W = volume.shape
+                decode = partial(_read_npy, volume)
             elif head.startswith(PICTURES):
                 # without `formats`, Pillow can start Ghostscript
                 image = Image.open(file, formats=('PNG', 'TIFF', 'PPM', 'JPEG'))
@@ -146,12 +150,15 @@ def _open_npy(path):
     numbers = volume.dtype.kind in 'uifb' and volume.size
     if not numbers or volume.ndim not in (2, 3) or volume.shape[-1] <= 4:           # colour
         raise Unreadable(f'{volume.dtype} {volume.shape}; expected numbers (H, W) or (K, H, W)')
-    volume = volume if volume.ndim == 3 else volume[None]
-    inverted = None if volume.dtype == np.uint8 else False
-    return volume.shape, lambda frame, voi: (np.array(volume[frame]), None, inverted)
+    return volume if volume.ndim == 3 else volume[None]                             # (K, H, W)
 
 
-def _read_picture(image, frame, _):
+def _read_npy(volume, frame, voi, percentiles):
+    pixels = np.array(volume[frame])
+    return pixels if pixels.dtype == np.uint8 else to_uint8(pixels, percentiles=percentiles)
+
+
+def _read_picture(image, frame, voi, percentiles):
     size = image.size
     image.seek(frame)
     if image.size != size:
@@ -163,7 +170,7 @@ def _read_picture(image, frame, _):
     inverted = deep and image.format == 'TIFF' and image.tag_v2.get(262) == 0
     if not deep:                                            # 1 bit, alpha, palette and CMYK too
         image = image.convert('L' if image.mode in ('1', 'L', 'LA', 'La') else 'RGB')
-    return _grey(np.array(image)), None, inverted
+    return to_uint8(_grey(np.array(image)), invert=inverted, percentiles=percentiles)
 
 
 # ---- grey values and contrast --------------------------------------------------------------------
@@ -181,7 +188,8 @@ def to_uint8(pixels, padding=None, invert=False, percentiles=None):
     if not 0 < span < np.inf:
         raise Unreadable('a constant image, or NaN or infinite pixels')
     x = (pixels.astype(np.float64) - low) * (255 / span)
-    out = np.rint(x.clip(0, 255, out=x), out=x).astype(np.uint8)
+    np.clip(x, 0, 255, out=x)                               # in place: a frame of floats is large
+    out = np.rint(x, out=x).astype(np.uint8)
     out = 255 - out if invert else out
     if padding is not None:
         out[padding] = 0
@@ -207,8 +215,6 @@ def clahe(image, clip=2.0, tiles=8):
 
     A pixel takes the tables of the four tiles around it, mixed by the distance to their centres. Padding,
     rounding and the order of operations are OpenCV's, whose results this equals bit for bit."""
-    if image.dtype != np.uint8 or image.ndim != 2:
-        raise ValueError(f'an image {image.shape} of {image.dtype}; expected (H, W) uint8')
     (H, W), padded = image.shape, image
     if H % tiles or W % tiles:
         # OpenCV pads both sides as soon as one needs it, so a side that divides grows by `tiles`.
@@ -251,14 +257,13 @@ DEFLATED, INFLATED = b'1.2.840.10008.1.2.1.99', b'1.2.840.10008.1.2.1\0\0\0'
 STREAMS = {0xC0: 50, 0xC1: 51, 0xC3: 70, 0xF7: 80, 0x51: 90}
 
 
-def _read_dicom(file, ds, stored, frame, voi):
-    """-> values (H, W), padding bool (H, W) or None, whether to invert"""
+def _read_dicom(file, ds, stored, frame, voi, percentiles):
     photometric = ds.get('PhotometricInterpretation')
     if ds.get('SamplesPerPixel', 1) == 1 and photometric not in ('MONOCHROME1', 'MONOCHROME2'):
         raise Unreadable('neither MONOCHROME1 nor MONOCHROME2, so its values are not greys')
     pixels = _grey(_decode(file, ds, stored, frame))
-    # JPEG 2000 keeps bits above BitsStored. They are an overlay, which is cut off, if a group 60xx says so or
-    # no grey lies just below the limit; else too few bits are declared, as in BCS-DBT, and all are greys.
+    # JPEG 2000 may hold bits above BitsStored. They are an overlay, to be cut off, if a group 60xx declares
+    # one or no grey lies just below the limit. Else too few bits are declared (BCS-DBT), and all are grey.
     limit = 1 << ds.BitsStored
     if pixels.max() >= limit:
         near = (pixels >= limit - limit // 16) & (pixels < limit)
@@ -279,12 +284,11 @@ def _read_dicom(file, ds, stored, frame, voi):
     bright_air = exposure and ds.get('PixelIntensityRelationshipSign') == 1
     padding, low, high = None, ds.get('PixelPaddingValue'), ds.get('PixelPaddingRangeLimit')
     if low is not None:
-        ends = np.array([low, low if high is None else high])
         kind = 'i2' if ds.PixelRepresentation else 'u2'     # some write -2000 as 63536
-        low, high = sorted(ends.astype(kind).tolist())
-        padding = (low <= pixels) & (pixels <= high)
-        padding = padding if padding.any() else None
-    return _values(ds, pixels, voi), padding, photometric == 'MONOCHROME1' or bright_air
+        ends = np.array([low, low if high is None else high]).astype(kind)
+        padding = (ends.min() <= pixels) & (pixels <= ends.max())
+    inverted = photometric == 'MONOCHROME1' or bright_air
+    return to_uint8(_values(ds, pixels, voi), padding, inverted, percentiles)
 
 
 def _values(ds, pixels, voi):
@@ -357,11 +361,13 @@ def _stored_frames(file, ds):
         stored[-1].append((at, length))
     if not fragments and syntax in UNCOMPRESSED.values():
         length = int.from_bytes(head[-4:], 'little' if head[0] == 0xE0 else 'big')
-        bits = ds.Rows * ds.Columns * ds.get('SamplesPerPixel', 1) * ds.BitsAllocated
+        layout = ds.Rows, ds.Columns, ds.get('SamplesPerPixel', 1), ds.BitsAllocated
+        bits = math.prod(map(int, layout))                  # a damaged header may hold lists instead
         stored = range(8 * min(length, size - start) // bits)
     count = int(ds.get('NumberOfFrames') or 1)
     if count != len(stored):
-        raise Unreadable(f"declares {count} frame{'s' * (count != 1)}, holds {len(stored)}; "
+        promised = '1 frame' if count == 1 else f'{count} frames'
+        raise Unreadable(f'declares {promised}, holds {len(stored)}; '
                          'cut short, or its header is wrong')
     return stored
 
@@ -379,8 +385,6 @@ def _decode(file, ds, stored, frame):
         data += file.read(length)
     if syntax != RLE or data[:1] == b'\xff':
         ds.file_meta.TransferSyntaxUID = _stream_syntax(data, ds)
-    elif data[0] != ds.get('SamplesPerPixel', 1) * ds.BitsAllocated // 8:
-        raise Unreadable(f'{data[0]} RLE segments, unlike its header')      # one for each byte of a pixel
     ds.PixelData = pydicom.encaps.encapsulate([data])
     ds['PixelData'].is_undefined_length = True
     ds['PixelData'].VR, ds.NumberOfFrames = 'OB' if ds.BitsAllocated <= 8 else 'OW', 1
@@ -404,10 +408,10 @@ def _stream_syntax(data, ds):
     else:
         bits, H, W, samples = struct.unpack_from('>BHHB', data, at + 4)
     declared, syntax = ds.file_meta.TransferSyntaxUID, UID(f'1.2.840.10008.1.2.4.{STREAMS[marker]}')
-    if htj2k := marker == 0x51 and '.4.20' in declared:     # begins like other JPEG 2000
-        syntax = declared
+    package = 'python-gdcm'
+    if marker == 0x51 and '.4.20' in declared:              # HTJ2K begins like other JPEG 2000
+        syntax, package = declared, 'pylibjpeg pylibjpeg-openjpeg'
     if not get_decoder(syntax).is_available:
-        package = 'pylibjpeg pylibjpeg-openjpeg' if htj2k else 'python-gdcm'
         raise Unreadable(f'{syntax.name} needs a decoder: pip install {package}')
     if bits == 12 and marker in (0xC0, 0xC1):
         raise Unreadable(f'{syntax.name}: no Python decoder reads its 12 bits; '

@@ -3,8 +3,9 @@
     L_total = lambda_1 L_DINO-M + lambda_2 L_iBOT-M + lambda_3 L_DINO-adj + lambda_4 L_KoLeo
 
 Student and teacher each have one `Head` h that turns CLS and patch tokens of the encoder f into logits
-over K prototypes. The teacher's logits pass through a `Center` c, CLS and patch tokens have their own,
-and become the targets. The temperatures tau are the arguments `temp`:
+over K prototypes, tied for both kinds of token as by default in DINOv2. The teacher's logits, less a
+centre c, become the targets; CLS and patch logits have different means, so each kind has its own `Center`.
+The temperatures tau are the arguments `temp`:
 
     p_s = softmax(h_s(f_s(u)) / tau_s)            p_t = softmax((h_t(f_t(v)) - c) / tau_t)
 
@@ -80,9 +81,8 @@ class Center(nn.Module):
     def update(self, logits, count=None, momentum=None):
         """c <- momentum c + (1 - momentum) mean(logits), over the rows (..., K) of all ranks.
 
-        The last layer is linear, so the mean of many logits is the logits of their mean embedding. So row i
-        may stand for the mean of count[i] tokens, and the (M, K) logits are never built.
-        `momentum=0` sets c to the mean.
+        Row i may be the mean logits of count[i] tokens: the last layer is linear, so these are the logits of
+        their mean embedding, and the (M, K) logits are never built. `momentum=0` sets c to the mean.
         """
         logits = logits.float().flatten(0, -2)                                          # (rows, K)
         count = logits.new_ones(len(logits)) if count is None else count.to(logits)
@@ -92,7 +92,7 @@ class Center(nn.Module):
         mean = total[:-1] / total[-1].clamp_min(1)
         momentum = self.momentum if momentum is None else momentum
         # A step may mask no patch at all: then c stays. `if total[-1] > 0` would make a GPU wait.
-        self.center.lerp_(mean[None], float(1 - momentum) * (total[-1] > 0))
+        self.center.lerp_(mean[None], (1 - momentum) * (total[-1] > 0).float())
 
 
 # ---- the four losses ------------------------------------------------------------------------------
@@ -133,9 +133,8 @@ def chunked_patch_loss(student, prototypes, teacher, weight, images, temp=0.1, r
     """`patch_loss` and the last layer in one, a few rows at a time: same value, same gradients.
 
     student (M, E) embeddings, prototypes (K, E), weight (M,); `teacher(chunk)` -> the probabilities
-    (rows, K) of the patches in a slice of M, computed when they are needed. 16 images of 518
-    pixels mask about 6,600 patches; with K = 65,536, one (M, K) array of fp32 takes 1.6 GiB, and autograd
-    would keep several.
+    (rows, K) of the patches in a slice of M, computed when they are needed. With thousands of masked patches
+    and K = 65,536, one (M, K) array would take more than a GiB, and autograd would keep several.
     """
     with torch.autocast(student.device.type, enabled=False):
         return _ChunkedCrossEntropy.apply(student, prototypes, teacher, weight, temp, rows) / images
@@ -241,8 +240,9 @@ def first_of_each(ids):
 
 
 if __name__ == '__main__':
-    if {'-h', '--help'} & {*sys.argv}:
-        sys.exit(print(__doc__))
+    if '-h' in sys.argv or '--help' in sys.argv:
+        print(__doc__)
+        sys.exit()
     torch.manual_seed(0)
     B, D, K = 16, 128, 4096
     head, center = Head(D, K), Center(K)

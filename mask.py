@@ -18,7 +18,7 @@ def tissue(image, percentile=40, kernel=9):
 
         theta = percentile(x, tau),   M0 = 1[x > theta],   M = opening(closing(M0))
 
-    Closing and opening use a square of kernel x kernel pixels. The paper normalizes x to [0, 1] first;
+    Closing and opening use a square of kernel x kernel pixels. The paper first normalises x to [0, 1];
     that keeps the order of the pixels, so theta can be taken on the grey levels.
 
     The paper does not give tau; 40 is ours. A percentile makes each breast the same share of its image,
@@ -37,10 +37,10 @@ def tissue(image, percentile=40, kernel=9):
 
 def self_tuning(image, kernel=9):
     """What pretrain.py uses, not the paper's M: Otsu's threshold, the largest piece, holes filled."""
-    # 1. Average f x f pixels, to a shorter side of 192 or more: outlines need no more detail.
+    # 1. Average squares of pixels, to a shorter side of 192 or more: outlines need no more detail.
     H, W = image.shape
-    f = max(1, min(H, W) // 192)
-    small = np.asarray(Image.fromarray(image).reduce(f))
+    shrink = max(1, min(H, W) // 192)
+    small = np.asarray(Image.fromarray(image).reduce(shrink))
 
     # 2. Threshold a quarter of the way from the air (10th percentile of Otsu's dark class) to Otsu's
     #    threshold. The air is not always 0: film has a grey base, and CLAHE amplifies its noise.
@@ -49,7 +49,7 @@ def self_tuning(image, kernel=9):
     mask = small > int(air + (t - air) / 4)
 
     # 3. Close and open as the paper does. The kernel shrinks with the image, but not below 3.
-    kernel = max(min(3, kernel), (kernel // f) | 1)                 # | 1 makes it odd
+    kernel = max(min(3, kernel), (kernel // shrink) | 1)                # | 1 makes it odd
     mask = opening(closing(mask, kernel), kernel)
 
     # 4. Open with a kernel of 1/16 of the shorter side: labels and film edges come off the breast.
@@ -58,7 +58,7 @@ def self_tuning(image, kernel=9):
 
     # 5. That rounded the outline. Grow the core back within the mask of step 3; fill holes, dark fat.
     mask = ndimage.binary_fill_holes(largest_piece(mask & dilation(core, wide)))
-    return mask.repeat(f, axis=0).repeat(f, axis=1)[:H, :W]
+    return mask.repeat(shrink, axis=0).repeat(shrink, axis=1)[:H, :W]
 
 
 def otsu(image):
@@ -94,15 +94,16 @@ def opening(mask, kernel):
 
 
 def dilation(mask, kernel):
-    """True where any pixel of the window around it is. Equals ndimage.binary_dilation with a square of
-    ones, in a fraction of its time: an OR with a copy shifted by `step` rows adds as many."""
+    """True where any pixel of the window around it is. Equal to ndimage.binary_dilation and faster, since an
+    OR with a copy shifted by `rows` doubles the rows that a row covers (`python tests/bench.py tricks`)."""
     for _ in range(2):                                              # rows, then columns
-        seen = np.pad(mask, ((kernel // 2, kernel // 2), (0, 0)))
-        span = 1                                                    # rows that one of its rows covers
-        while span < kernel:
-            step = min(span, kernel - span)
-            seen, span = seen[:-step] | seen[step:], span + step
-        mask = seen.T
+        covered = np.pad(mask, ((kernel // 2, kernel // 2), (0, 0)))
+        rows = 1                                                    # that each of its rows covers
+        while rows < kernel:
+            shift = min(rows, kernel - rows)
+            covered = covered[:-shift] | covered[shift:]
+            rows += shift
+        mask = covered.T
     return mask
 
 
@@ -117,22 +118,23 @@ def largest_piece(mask):
 
 
 if __name__ == '__main__':
-    if {'-h', '--help'} & {*sys.argv}:
-        sys.exit(print(__doc__))
-    path, out = [*(sys.argv[1:] or [None]), 'tissue.png'][:2]
+    if '-h' in sys.argv or '--help' in sys.argv:
+        print(__doc__)
+        sys.exit()
+    path = sys.argv[1] if len(sys.argv) > 1 else None
+    out = sys.argv[2] if len(sys.argv) > 2 else 'tissue.png'
     try:
         import images
         import phantom
         if path:
-            image = images.read(path, images.frames(path) // 2)     # of a volume the middle slice
-            image = image if path.endswith('.npy') else images.clahe(image)
+            image = images.read_equalised(path, images.frames(path) // 2)       # middle slice of a volume
+            m = tissue(image, percentile=None)
         else:
-            example = phantom.breast(np.random.default_rng(0), width=288)
-            image, truth = images.clahe(images.to_uint8(example.volume[0])), example.tissue
-            for name, m in (('self-tuning', tissue(image, None)), ('percentile 40', tissue(image))):
-                print(f'{name:13}  IoU with the truth {(m & truth).sum() / (m | truth).sum():.3f}')
-        found = tissue(image, None)
-        Image.fromarray(overlay(image, found)).save(out)
-        print(f'tissue is {found.mean():.1%} of the image -> {out}')
+            breast = phantom.breast(np.random.default_rng(0), width=288)
+            image = images.clahe(images.to_uint8(breast.volume[0]))
+            m, truth = tissue(image, percentile=None), breast.tissue
+            print(f'IoU with the truth {(m & truth).sum() / (m | truth).sum():.3f}')
+        Image.fromarray(overlay(image, m)).save(out)
+        print(f'tissue is {m.mean():.1%} of the image -> {out}')
     except (ImportError, ValueError, OSError) as problem:
         sys.exit(f'mask.py: {problem}')

@@ -101,35 +101,35 @@ def effective_rank(x):
     return float(np.exp(-(share * np.log(share.clip(1e-12))).sum()))
 
 
-def in_year(y, mask):
+def in_year(y, observed):
     """Which exams take part in the AUROC of each year, bool (n, T), as in DBT-DINO's code (6.2.2). Positives
     have cancer by that year, negatives have none in any of the T years, and both are observed in that year.
-    y (n, T): 1 for cancer by then; mask (n, T): 1 where observed."""
+    y (n, T): 1 for cancer by then; observed (n, T): 0 or 1."""
     y = np.asarray(y) > 0
-    return (np.asarray(mask) > 0) & (y | ~y.any(1, keepdims=True))
+    return (np.asarray(observed) > 0) & (y | ~y.any(1, keepdims=True))
 
 
 # ---- intervals and tests (DBT-DINO 2.5) -----------------------------------------------------------
 
-def resample(metric, arrays, groups, rng, n=1000):
-    """metric(*arrays) on n bootstrap draws -> (n,), NaN where a draw leaves it undefined. groups: the patient
-    of each row. Patients are drawn with replacement and keep all their rows, which are not independent."""
-    arrays, values = [np.asarray(a) for a in arrays], np.empty(n)
-    _, group = np.unique(groups, return_inverse=True)       # numbers from 0
-    rows = np.split(np.argsort(group, kind='stable'), np.cumsum(np.bincount(group))[:-1])
-    for i in range(n):
-        drawn = np.concatenate([rows[g] for g in rng.integers(len(rows), size=len(rows))])
-        values[i] = metric(*(a[drawn] for a in arrays))
-    return values
+def resample(metric, arrays, patients, rng, n=1000):
+    """metric(*arrays) on n bootstrap draws -> (n,) or (n, m), NaN where undefined. patients: that of
+    each row. They are drawn with replacement and keep all their rows, which are not independent."""
+    arrays, values = [np.asarray(a) for a in arrays], []
+    _, patient = np.unique(patients, return_inverse=True)   # numbers from 0
+    rows = np.split(np.argsort(patient, kind='stable'), np.cumsum(np.bincount(patient))[:-1])
+    for _ in range(n):
+        drawn = np.concatenate([rows[j] for j in rng.integers(len(rows), size=len(rows))])
+        values.append(metric(*(a[drawn] for a in arrays)))
+    return np.array(values)
 
 
-def bootstrap(metric, arrays, groups, rng, n=1000):
-    """95 % interval (low, high) over patients, `interval` of `resample`."""
-    return interval(resample(metric, arrays, groups, rng, n))
+def bootstrap(metric, arrays, patients, rng, n=1000):
+    """95 % interval (low, high) of metric(*arrays), over patients."""
+    return interval(resample(metric, arrays, patients, rng, n))
 
 
 def interval(values):
-    """The percentiles 2.5 and 97.5 of the values on bootstrap draws. Those that are NaN are left out."""
+    """The percentiles 2.5 and 97.5 of the values on bootstrap draws; NaNs are left out."""
     values = np.asarray(values)
     values = values[~np.isnan(values)]
     return tuple(np.percentile(values, [2.5, 97.5])) if len(values) else (math.nan, math.nan)
@@ -180,9 +180,9 @@ def benjamini_hochberg(p):
 # ---- lesions by distance (DBTex) ------------------------------------------------------------------
 
 class Matched:
-    """Predictions, matched to lesions once for all curves and bootstrap draws. A draw is a weight (V + 1,):
-    how often each volume counts; its last entry, index -1, is for predictions in volumes that are not listed.
-    Rows start with an id, names are those of the V volumes. ValueError for a score that is not finite."""
+    """Predictions matched to lesions, once for all curves and bootstrap draws. `weight` (V + 1,) says how
+    often each volume counts: once, or as often as a draw holds it. Its last entry, index -1, is for
+    predictions in volumes that are not listed. ValueError for a score that is not finite."""
 
     def __init__(self, names, truth, predictions, lesion):
         number, self.volumes = {name: v for v, name in enumerate(names)}, len(names)
@@ -197,7 +197,7 @@ class Matched:
         np.maximum.at(self.best, self.lesion[hits], self.score[hits])
 
     def each(self):
-        """Weight 1 for every volume and for predictions in unlisted ones, which are false positives."""
+        """The weight 1 for every volume, and for unlisted ones: what lies there is a false positive."""
         return np.ones(self.volumes + 1)
 
     def ill(self, weight):
@@ -209,10 +209,10 @@ def matched(volumes, truth, predictions, min_distance=100):
     """The rule of the DBTex challenge -> Matched. Rows: volumes [id, slices], truth [id, x, y, w, h, slice],
     predictions [id, x, y, w, h, z, depth, score]. Truth without `slice` is matched in the plane alone.
 
-    A prediction hits the lesion with the nearest centre in reach (a slice counts like a pixel). In reach is
-    at most max(half the lesion's diagonal, min_distance) in the plane and a quarter of the slices along z;
-    the challenge's page says "less than", its code "at most". ValueError for a lesion in no listed volume.
-    """
+    A lesion is in reach if the centres lie at most max(half its diagonal, min_distance) pixels apart in the
+    plane and a quarter of the volume's slices in depth (the challenge's page says "less than", its code "at
+    most"). A prediction hits the nearest lesion in reach; for this distance a slice counts as a pixel.
+    ValueError for a lesion in no listed volume."""
     slices = {row[0]: row[-1] for row in volumes}
     lesions, hit = defaultdict(list), []
     for g, row in enumerate(truth):
@@ -224,9 +224,9 @@ def matched(volumes, truth, predictions, min_distance=100):
         for g, gx, gy, gw, gh, *z in lesions[name]:
             dx, dy = x + w / 2 - gx - gw / 2, y + h / 2 - gy - gh / 2
             dz = extent[0] + extent[1] / 2 - z[0] if z else 0.0
-            reached = math.hypot(dx, dy) <= max(math.hypot(gw, gh) / 2, min_distance)
-            reached = reached and (not z or abs(dz) <= slices[name] / 4)
-            if reached and math.hypot(dx, dy, dz) < least:
+            in_plane = math.hypot(dx, dy) <= max(math.hypot(gw, gh) / 2, min_distance)
+            in_depth = not z or abs(dz) <= slices[name] / 4
+            if in_plane and in_depth and math.hypot(dx, dy, dz) < least:
                 nearest, least = g, math.hypot(dx, dy, dz)
         hit.append(nearest)
     return Matched([row[0] for row in volumes], truth, predictions, hit)
@@ -235,8 +235,8 @@ def matched(volumes, truth, predictions, min_distance=100):
 def curve(m, weight, every=False):
     """FROC -> thresholds from high to low, false positives per volume and sensitivity at each. Further hits
     on a lesion are neither true nor false positives. The challenge has thresholds at the scores of hits and
-    one beyond each end; `every` adds the scores of false positives, for areas under a step curve. NaN where
-    the weight leaves no volume or no lesion."""
+    one beyond each end; `every` puts one at the score of each false positive too, as the area under a step
+    curve needs. NaN where the weight leaves no volume or no lesion."""
     seen = weight[m.volume] > 0
     score, false, count = m.score[seen], m.lesion[seen] < 0, weight[m.volume[seen]]
     ends = (score.min() - 1, score.max() + 1) if len(score) else (0.0,)
@@ -249,14 +249,14 @@ def curve(m, weight, every=False):
         return total[-1] - total[np.searchsorted(values[order], thresholds)]
 
     volumes, lesions = weight[:-1].sum() or math.nan, weight[m.home].sum() or math.nan
-    false_positives, found = above(score[false], count[false]), above(m.best, weight[m.home])
-    return thresholds, false_positives / volumes, found / lesions
+    false_positives, hits = above(score[false], count[false]), above(m.best, weight[m.home])
+    return thresholds, false_positives / volumes, hits / lesions
 
 
 def sensitivity(m, rates, weight):
     """Sensitivity at these rates of false positives per volume, linear between the points of the curve."""
-    _, false_positives, found = curve(m, weight)
-    return np.interp(rates, false_positives, found)         # beyond the last point it stays constant
+    _, false_positives, sensitivities = curve(m, weight)
+    return np.interp(rates, false_positives, sensitivities)         # constant beyond the last point
 
 
 def froc(volumes, truth, predictions, min_distance=100):
@@ -264,9 +264,9 @@ def froc(volumes, truth, predictions, min_distance=100):
     positives per volume with a lesion, their mean, which decides the ranking, and sensitivity at 2 over all
     volumes. Rows as in `matched`. Without predictions all are 0, without lesions NaN."""
     m = matched(volumes, truth, predictions, min_distance)
-    found = sensitivity(m, [1, 2, 3, 4], m.ill(m.each()))
-    return {**{f'sensitivity_at_{k}_fps_positive': float(v) for k, v in enumerate(found, 1)},
-            'mean_sensitivity_positive': float(found.mean()),
+    positive = sensitivity(m, [1, 2, 3, 4], m.ill(m.each()))
+    return {**{f'sensitivity_at_{k}_fps_positive': float(v) for k, v in enumerate(positive, 1)},
+            'mean_sensitivity_positive': float(positive.mean()),
             'sensitivity_at_2_fps_all': float(sensitivity(m, 2, m.each()))}
 
 
@@ -281,8 +281,9 @@ def fauc(images, truth, predictions, min_distance=100, x=1.0):
 def step_area(m, weight, x=1.0):
     """Area under the FROC curve up to x false positives per volume, divided by x. The paper does not say how
     to interpolate: this is a step curve over all scores, which holds its last sensitivity up to x."""
-    _, false_positives, found = curve(m, weight, every=True)
-    return float((np.diff(np.append(np.minimum(false_positives, x), x)) * found).sum() / x)
+    _, false_positives, sensitivities = curve(m, weight, every=True)
+    widths = np.diff(np.append(np.minimum(false_positives, x), x))
+    return float((widths * sensitivities).sum() / x)
 
 
 def caught(m, rate, weight):
@@ -340,7 +341,9 @@ def average_precision(truth, predictions, iou):
 
 
 def localised(m, weight):
-    """Top-1 localisation: the share of images with a lesion whose best box fits one."""
-    ill, (shown, first) = np.unique(m.home), np.unique(m.volume, return_index=True)
-    fits = np.isin(ill, shown[m.lesion[first] >= 0])
-    return float((weight[ill] * fits).sum() / weight[ill].sum()) if weight[ill].sum() else math.nan
+    """Top-1 localisation (our reading of IHRRB-DINO 3.3): the share of images with a lesion whose best box
+    fits one."""
+    images, best = np.unique(m.volume, return_index=True)   # the first of an image has its highest score
+    with_lesion = np.unique(m.home)
+    fits, count = np.isin(with_lesion, images[m.lesion[best] >= 0]), weight[with_lesion]
+    return float((count * fits).sum() / count.sum()) if count.sum() else math.nan

@@ -37,16 +37,15 @@ def breast(rng, slices=1, height=256, width=192, density=None, lesion=None, cont
     """One synthetic breast; everything random in it comes from `rng`, a numpy Generator.
 
     slices=1 is a mammogram, the mean of eight slices; more are a DBT volume. Well inside the breast its greys
-    correlate .88, .73, .42 and .12 between slices 1, 2, 4 and 8 apart. In the VICTRE phantom it is .93, .75,
-    .40 and .11, for slices of 1 mm that are blurred by 3 mm in depth. `density` (0..3) and `lesion` are drawn
-    when None; half of the breasts get a lesion. Exposure, gamma, side and noise vary, so that the mean grey
-    level says little.
+    correlate .88, .73, .42 and .12 between slices 1, 2, 4 and 8 apart. In the VICTRE phantom the correlations
+    are .93, .75, .40 and .11, for slices of 1 mm that are blurred by 3 mm in depth. `density` (0..3) and
+    `lesion` are drawn when None; half of the breasts get a lesion. Exposure, gamma, side and noise vary, so
+    that the mean grey level says little.
 
     contrasts=(FFDM, SM) also projects a volume to two mammograms, `.ffdm` and `.sm`, where the lesion has
     these multiples of its contrast: (1, 0) is a lesion that only the full-field mammogram shows. The slices
     are nearly alike then, and the lesion lies on all of them. Raises ValueError for contrasts of a single
-    slice.
-    """
+    slice."""
     if contrasts is not None and slices == 1:
         raise ValueError('contrasts project a volume; give slices=8')
     K, H, W = (8 if slices == 1 else slices), height, width
@@ -55,19 +54,19 @@ def breast(rng, slices=1, height=256, width=192, density=None, lesion=None, cont
 
     r = outline(rng, H, W)                                              # (H, W)
     inside = r < 1
-    deep = slices > 1 and contrasts is None
+    deep = slices > 1 and contrasts is None                             # else slices are nearly alike
     volume = anatomy(rng, inside, K, GLANDULAR[density], deep)          # (K, H, W)
     healthy, boxes = volume.mean(0), np.zeros((0, 5))
     if lesion:
         boxes = add_lesion(rng, volume, r < 0.75, on_all=not deep)
-    pair = [] if contrasts is None else projections(healthy, volume, contrasts)
+    projected = [] if contrasts is None else projections(healthy, volume, contrasts)
 
     volume = volume.mean(0, keepdims=True) if slices == 1 else volume
-    volume, *pair = (expose(rng, image, r, inside) for image in (volume, *pair))
+    volume, *projected = (expose(rng, image, r, inside) for image in (volume, *projected))
     if rng.random() < 0.5:                                              # the other breast
-        volume, inside, *pair = (image[..., ::-1].copy() for image in (volume, inside, *pair))
+        volume, inside, *projected = (a[..., ::-1].copy() for a in (volume, inside, *projected))
         boxes[:, [1, 3]] = W - boxes[:, [3, 1]]
-    return Phantom(volume, inside, boxes, density, int(lesion), *(image[0] for image in pair))
+    return Phantom(volume, inside, boxes, density, int(lesion), *(image[0] for image in projected))
 
 
 # ---- its parts ------------------------------------------------------------------------------------
@@ -105,7 +104,8 @@ def anatomy(rng, inside, K, glandular, deep):
 
     volume = np.empty((K, H, W), np.float32)
     for k in range(K):
-        gland, strand = (sum(w * field for w, field in zip(mix[k], of)) for of in (glands, strands))
+        gland = sum(w * field for w, field in zip(mix[k], glands))
+        strand = sum(w * field for w, field in zip(mix[k], strands))
         edge = np.quantile(gland[inside], 1 - share)
         volume[k] = 1 / (1 + np.exp(-np.clip((gland - edge) / softness, -30, 30)))     # soft islands
         volume[k] += 0.35 * np.exp(-(strand / 0.12) ** 2)                              # thin bright lines
@@ -115,8 +115,7 @@ def anatomy(rng, inside, K, glandular, deep):
 def add_lesion(rng, volume, where, on_all):
     """Adds a bright blob with spokes at a random place of `where` (H, W) -> its box (1, 5).
 
-    It is brightest on one slice and faint two slices away, or the same on all.
-    """
+    It is brightest on one slice and faint two slices away, or the same on all."""
     K, H, W = volume.shape
     index = np.flatnonzero(where)
     cy, cx = divmod(int(index[rng.integers(len(index))]), W)
@@ -136,8 +135,7 @@ def projections(healthy, volume, contrasts):
     """FFDM and SM, (1, H, W) each, of a volume (K, H, W) whose mean without the lesion is `healthy` (H, W).
 
     FFDM is the mean along the beam. SM is half mean, half brightest slice, with its edges sharpened, so
-    that glands look like findings.
-    """
+    that glands look like findings."""
     lesion = volume.mean(0) - healthy
     volume += (contrasts[1] - 1) * lesion
     sm = (volume.mean(0) + volume.max(0)) / 2
@@ -158,8 +156,7 @@ def expose(rng, images, r, inside):
 def random_field(rng, H, W, slope, longest=None, stretch=1.0):
     """A Gaussian random field (H, W) of mean 0 and deviation 1 with amplitude f^-slope.
 
-    Wavelengths above `longest` pixels fade out; `stretch` draws the field out along the rows.
-    """
+    Wavelengths above `longest` pixels fade out; `stretch` draws the field out along the rows."""
     f = np.hypot(np.fft.fftfreq(H)[:, None], stretch * np.fft.rfftfreq(W)[None])
     f[0, 0] = np.inf
     gain = f ** -slope
@@ -184,12 +181,13 @@ def dataset(folder, volumes):
 
 
 if __name__ == '__main__':
-    if {'-h', '--help'} & {*sys.argv}:
-        sys.exit(print(__doc__))
+    if '-h' in sys.argv or '--help' in sys.argv:
+        print(__doc__)
+        sys.exit()
+    out = sys.argv[1] if len(sys.argv) > 1 else 'phantom.png'
     rows = []
     for lesion in (False, True):
         four = [breast(np.random.default_rng(d), density=d, lesion=lesion) for d in range(4)]
         rows.append(np.hstack([example.volume[0] for example in four]))
-    name = sys.argv[1] if len(sys.argv) > 1 else 'phantom.png'
-    Image.fromarray(np.vstack(rows)).save(name)
-    print(f'-> {name}: density classes a to d; below them with a lesion')
+    Image.fromarray(np.vstack(rows)).save(out)
+    print(f'-> {out}: density classes a to d; below them with a lesion')

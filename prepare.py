@@ -6,14 +6,13 @@
 
 PREPARED/<path below RAW>.npy is uint8 (H, W), or (K, H, W) for a volume; every frame is stretched for
 itself. index.csv lists them; rejected.csv the files that cannot be read or are no mammograms, a volume
-with one bad frame too, and why. A file whose .npy is there is skipped, so a stopped run goes on, and
---percentiles given later reach what was rejected alone. Several RAW in one PREPARED need different paths.
+with one bad frame too, and why. A file whose .npy is there is skipped, so a stopped run goes on, and a later
+run with --percentiles reads only what was rejected before. Several RAW in one PREPARED need different paths.
 """
 import argparse
 import csv
 import multiprocessing
 import os
-import re
 import signal
 import threading
 from collections import Counter
@@ -37,33 +36,45 @@ GO_ON = 'the same command goes on from here'
 def prepare(raw, prepared, side=1024, workers=None, voi=False, clahe=True, percentiles=None):
     """-> how many files were (written, skipped, rejected). `side`: pixels of the shorter side at most."""
     low, high = percentiles or (0, 100)
-    if side < 14 or workers is not None and workers < 1 or not 0 <= low < high <= 100:
-        raise ValueError('expected --side from 14, --workers from 1, 0 <= LOW < HIGH <= 100')
+    if side < 14 or not 0 <= low < high <= 100:
+        raise ValueError('expected --side from 14 and 0 <= LOW < HIGH <= 100')
     raw, prepared = Path(raw), Path(prepared)
-    here, there = raw.resolve(), prepared.resolve()
-    if here.is_relative_to(there) or there.is_relative_to(here):
+    source, target = raw.resolve(), prepared.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
         raise ValueError(f'{prepared} and {raw}: one lies in the other; choose another folder')
-    todo, rejected, owner = [], [], {}
+    origin, rejected = {}, []                               # name of a .npy -> of the file it is made of
     for path in images.listing(raw):
         name = os.path.relpath(path, raw)
         stem, suffix = os.path.splitext(name)
-        target = prepared / f'{stem if suffix.lower() in images.SUFFIXES else name}.npy'
-        if target in owner:
-            rejected.append((name, f'becomes the same file as another: rename {owner[target]}'))
-        elif not target.is_file():
-            todo.append((path, target))
-        owner.setdefault(target, name)
-    skipped, clashes = len(owner) - len(todo), len(rejected)
-    prepared.mkdir(parents=True, exist_ok=True)
-    held = lock(prepared)                                   # until it is closed below, or the process ends
+        array = f'{stem if suffix.lower() in images.SUFFIXES else name}.npy'
+        if origin.setdefault(array, name) != name:
+            rejected.append((name, f'becomes the same file as another: rename {origin[array]}'))
+    todo = [(raw / name, prepared / array) for array, name in origin.items()
+            if not (prepared / array).is_file()]
+    skipped = len(origin) - len(todo)
 
     work = partial(prepare_file, side=side, voi=voi, clahe=clahe, percentiles=percentiles)
-    pool = ProcessPoolExecutor(workers, initializer=live_with_the_parent)
+    prepared.mkdir(parents=True, exist_ok=True)
+    with lock(prepared):
+        refused = write_arrays(work, todo, prepared, workers)
+        rejected += [(os.path.relpath(path, raw), reason) for path, reason in refused]
+        write_tables(prepared, rejected)
+    written = len(todo) - len(refused)
+    print(f'{written} written, {skipped} were there, {len(rejected)} rejected and named in '
+          f'{prepared}/rejected.csv')
+    for kind, count in Counter(reason.split(':')[0] for _, reason in rejected).most_common():
+        print(f'{count:8,}  {kind}')
+    return written, skipped, len(rejected)
+
+
+def write_arrays(work, todo, prepared, workers):
+    """work((file, target)) for all of todo, in processes -> [(file, reason)] of what it rejects."""
+    pool, refused = ProcessPoolExecutor(workers, initializer=end_with_parent), []
     try:
         reasons = pool.map(work, todo)                      # in the order of todo
         for path, _ in tqdm(todo, unit='file', disable=None):
             if reason := next(reasons):
-                rejected.append((os.path.relpath(path, raw), reason))
+                refused.append((path, reason))
     except BrokenProcessPool:
         advice = 'move it away' if workers == 1 else 'or just after; --workers 1 names the file'
         raise ValueError(f'a process died at {path}, {advice}; {GO_ON}') from None
@@ -76,28 +87,11 @@ def prepare(raw, prepared, side=1024, workers=None, voi=False, clahe=True, perce
         pool.shutdown(cancel_futures=True)                  # waits for the files at work
         for part in filter(Path.is_file, prepared.rglob('*.part')):
             part.unlink()
-
-    arrays = filter(Path.is_file, prepared.rglob('*.npy'))
-    arrays = sorted(path.relative_to(prepared).as_posix() for path in arrays)
-    index = [(path, *images.shape(prepared / path)) for path in arrays]
-    tables = {'rejected.csv': [('file', 'reason'), *sorted(rejected)],
-              'index.csv': [('path', 'slices', 'height', 'width'), *index]}     # last: all is there
-    for name, rows in tables.items():
-        with open(prepared / f'{name}.part', 'w', newline='', encoding='utf-8',
-                  errors='surrogateescape') as file:
-            csv.writer(file).writerows(rows)
-        os.replace(prepared / f'{name}.part', prepared / name)
-    held.close()
-    written = len(todo) - (len(rejected) - clashes)
-    print(f'{written} written, {skipped} were there, {len(rejected)} rejected and named in '
-          f'{prepared}/rejected.csv')
-    for kind, count in Counter(re.split(' ?[;:(]', why)[0] for _, why in rejected).most_common():
-        print(f'{count:8,}  {kind}')
-    return written, skipped, len(rejected)
+    return refused
 
 
 def prepare_file(paths, side, voi, clahe, percentiles):
-    """(file, target) -> None, or why not; its words up to ; : or ( name the kind of reason."""
+    """(file, target) -> None, or why not: a kind of reason, then a colon before what is the file's own."""
     path, target = paths
     try:
         refusal, (K, H, W) = images.refusal(path), images.shape(path)
@@ -109,9 +103,8 @@ def prepare_file(paths, side, voi, clahe, percentiles):
         for k in range(K):
             pixels = images.read(path, k, voi, percentiles)
             tissue = mask.tissue(pixels, percentile=None)
-            greys = len(np.unique(pixels))
-            if greys <= 2:                                  # of two, an ROI mask
-                return 'two grey values' if greys == 2 else 'a constant image'
+            if len(np.unique(pixels)) == 2:                 # an ROI mask
+                return 'two grey values'
             if not tissue.any():
                 return f'no tissue: in frame {k}'
             if len(np.unique(pixels[tissue])) < GREYS:
@@ -129,7 +122,7 @@ def prepare_file(paths, side, voi, clahe, percentiles):
     os.replace(part, target)
 
 
-def live_with_the_parent():
+def end_with_parent():
     """A worker leaves Ctrl-C, which reaches all processes of a terminal, to its parent, and ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)           # by which a pool ends its processes
@@ -137,23 +130,38 @@ def live_with_the_parent():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+def write_tables(prepared, rejected):
+    """rejected.csv, then index.csv, by which pretrain.py knows that all is there."""
+    arrays = filter(Path.is_file, prepared.rglob('*.npy'))
+    arrays = sorted(path.relative_to(prepared).as_posix() for path in arrays)
+    index = [(path, *images.shape(prepared / path)) for path in arrays]
+    for name, rows in {'rejected.csv': [('file', 'reason'), *sorted(rejected)],
+                       'index.csv': [('path', 'slices', 'height', 'width'), *index]}.items():
+        part = prepared / f'{name}.part'
+        with open(part, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+            csv.writer(file).writerows(rows)
+        os.replace(part, prepared / name)
+
+
 def main(argv):
     """python prepare.py RAW PREPARED"""
-    parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument('raw')
-    parser.add_argument('prepared')
-    parser.add_argument('--side', type=int, default=1024, help='pixels of the shorter side at most')
-    parser.add_argument('--workers', type=int, help='processes (default: all cores)')
-    parser.add_argument('--voi', action='store_true', help="apply the files' VOI LUT or window")
-    parser.add_argument('--no-clahe', dest='clahe', action='store_false')
-    parser.add_argument('--percentiles', type=float, nargs=2, metavar=('LOW', 'HIGH'),
-                        help='of the pixels become black and white, instead of minimum and maximum')
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('raw')
+    add('prepared')
+    add('--side', type=int, default=1024, help='pixels of the shorter side at most (default: 1024)')
+    add('--workers', type=int, help='processes (default: all cores)')
+    add('--voi', action='store_true', help="apply the files' VOI LUT or window")
+    add('--no-clahe', dest='clahe', action='store_false', help='leave the contrast as it is')
+    add('--percentiles', type=float, nargs=2, metavar=('LOW', 'HIGH'),
+        help='of the pixels become black and white, instead of minimum and maximum')
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C
     written, skipped, _ = prepare(**vars(options))
     if not written + skipped:
         raise ValueError(f'{options.raw}: not one file could be prepared')
-    print(f'next: torchrun pretrain.py --data {options.prepared}')
+    print(f'next: torchrun pretrain.py --data {options.prepared} --small')
 
 
 if __name__ == '__main__':

@@ -1,18 +1,17 @@
-"""MammoDINO pretraining (arXiv 2510.11883): a student learns to see mammograms from its own moving average.
+"""MammoDINO pretraining (arXiv 2510.11883): prepared images in, a ViT encoder out.
 
     $ torchrun pretrain.py                                       # on phantoms, no data needed, two minutes
     $ python prepare.py RAW PREPARED                             # once per data set
     $ torchrun pretrain.py --data PREPARED --small               # a first run on your own images
     $ torchrun --nproc-per-node 8 pretrain.py --data PREPARED --resume      # the full recipe
 
-The output folder receives log.jsonl (its first line is the configuration) and last.pt (weights,
-optimizer, centres). What a user can mend ends the run with one sentence; the same command with --resume
-goes on from last.pt as if it had never stopped. Plain `python pretrain.py` works as well.
+The output folder receives log.jsonl (its first line is the configuration) and last.pt (weights, optimizer,
+centres). The same command with --resume goes on from last.pt as if it had never stopped. Plain
+`python pretrain.py` works as well. One step, over all ranks and micro-batches:
 
-One step, over all ranks and micro-batches:
     views, masks, slice pairs -> tokens -> four losses -> AdamW moves the student -> centres, teacher EMA
 
-B images of a micro-batch, S s sides of global and local crops, n local crops, N patches, D width,
+B images of a micro-batch, S s sides of global and local crops, L local crops, N patches, D width,
 E bottleneck, K prototypes, P slice pairs, M masked patches.
 """
 import csv
@@ -24,7 +23,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,9 +51,9 @@ class Config:
     """Every field is a flag. Sources: [paper] MammoDINO; [dbt-dino] arXiv 2512.13608; [dinov2] its released
     ssl_default_config.yaml, which uses a centre as the paper does (other recipes of DINOv2 use
     Sinkhorn-Knopp); [ours] a choice of this repository."""
-    data: str | None = option(None, 'ours', 'folder of prepare.py; or a demo', group='the run')
+    data: str | None = option(None, 'ours', 'prepared folder; without it, a demo', group='the run')
     out: str = option('runs/pretrain', 'ours', 'folder of this run')
-    small: bool = option(False, 'ours', 'a small network and schedule, for a first run')
+    small: bool = option(False, 'ours', 'first run: 84 pixels, width 128, depth 4, 2,000 steps')
     init: str | None = option(None, 'dbt-dino 2.3', 'DINOv2 file or last.pt to begin with')
     imagenet: bool = option(True, 'ours', '--init was fed ImageNet-normalised images; DBT-DINO: no')
     resume: bool = option(False, 'ours', 'go on from OUT/last.pt, or start where there is none')
@@ -70,7 +68,7 @@ class Config:
     steps: int = option(300_000, 'paper 3.2', 'optimizer steps', group='optimization')
     batch: int = option(128, 'paper 3.2', 'images per step, over all ranks')
     micro_batch: int = option(16, 'ours', 'images a rank holds at once, the rest is accumulated')
-    lr: float = option(0.004, 'dinov2', 'peak at batch 1024, times sqrt(batch / 1024): 0.0014')
+    lr: float = option(0.004, 'dinov2', 'peak for a batch of 1024; scaled by sqrt(batch / 1024)')
     lr_end: float = option(1e-6, 'dinov2', 'where the cosine ends')
     warmup: int = option(12_500, 'dinov2', 'steps of linear warm-up')
     layer_decay: float = option(0.9, 'dinov2', 'learning rate factor per block below the top')
@@ -81,7 +79,7 @@ class Config:
 
     size: int = option(518, 'paper 3.2', 'pixels of a global crop', group='encoder and head')
     patch: int = option(14, 'paper 3.2', 'pixels of a patch')
-    width: int = option(768, 'paper 3.2', 'channels; ViT-B has 768, depth 12, heads 12')
+    width: int = option(768, 'paper 3.2', 'width D of a token; ViT-B has 768')
     depth: int = option(12, 'paper 3.2', 'blocks')
     heads: int = option(12, 'paper 3.2', 'attention heads')
     registers: int = option(0, 'dinov2', 'register tokens; 4 in the files with registers')
@@ -123,18 +121,22 @@ class Config:
     teacher_temp: float = option(0.07, 'dinov2', 'tau_t; DINO was unstable above 0.07')
     teacher_temp_start: float = option(0.04, 'dinov2', 'tau_t at the start')
     teacher_temp_steps: int = option(37_500, 'dinov2', 'steps of linear rise to tau_t')
-    momentum: float = option(0.992, 'dinov2', 'of the teacher, rising to 1 by cosine')
-    center_momentum: float = option(0.9, 'dinov2', 'of the centres')
+    momentum: float = option(0.992, 'dinov2', 'EMA of the teacher, rising to 1 by cosine')
+    center_momentum: float = option(0.9, 'dinov2', 'EMA of the centres')
 
     phantoms: int = option(256, 'ours', 'breasts to train on, every third a volume', group='demo')
     test_phantoms: int = option(320, 'ours', 'unseen breasts to test on; 0 skips the test')
 
+    def __post_init__(self):
+        if self.small or self.data is None:                 # a short run warms up for a tenth of it
+            self.warmup = min(self.warmup, self.steps // 10)
+
 
 # lr [ours]: with four times as much, small networks read films worse than random weights do, while their
 # losses fall (tests/experiments.py, `rates`). What the rule of --lr does to a ViT-B was not tried.
-SMALL = dict(steps=2000, warmup=200, workers=2, lr=0.0028, batch=16, layer_decay=1.0, wd_end=0.04,
-             freeze_last_layer=0, size=84, width=128, depth=4, heads=4, drop_path=0.0,
-             layerscale=1.0, prototypes=256, hidden=256, bottleneck=64, locals=4, local_size=42,
+SMALL = dict(**vit.SIZES['demo'], steps=2000, warmup=200, workers=2, lr=0.0028, batch=16,
+             layer_decay=1.0, wd_end=0.04, freeze_last_layer=0, drop_path=0.0, layerscale=1.0,
+             prototypes=256, hidden=256, bottleneck=64, locals=4, local_size=42,
              teacher_temp=0.04, teacher_temp_steps=0, momentum=0.96)
 DEMO = SMALL | dict(out='runs/demo', steps=330, warmup=33, workers=0, save_every=10_000,
                     volume_items=True, global_scale=(0.25, 0.8), local_scale=(0.06, 0.25),
@@ -147,14 +149,94 @@ def defaults(given):
     return DEMO if 'data' not in given else SMALL if given.get('small') else {}
 
 
+# ---- the loop -------------------------------------------------------------------------------------
+
+def train(cfg, data, parts, start, accumulate, log):
+    """DINOv2's loop, with the paper's views and slice pairs -> how many steps are done, less than --steps if
+    it was asked to stop. `parts`: student, teacher, center, optimizer; `accumulate`: micro-batches a step."""
+    student, teacher, center, optimizer = parts.values()
+    rank, ranks, device = dist.get_rank(), dist.get_world_size(), center['cls'].center.device
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(device, cfg.amp))
+    # Lives no longer than this function: if it outlives its process group, gloo can wait for ever.
+    ddp = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
+    stream = iter(DataLoader(data, batch_sampler=micro_batches(cfg, start, rank, ranks, accumulate),
+                             collate_fn=collate, pin_memory=device.type == 'cuda',
+                             num_workers=cfg.workers, timeout=1800 if cfg.workers else 0,
+                             worker_init_fn=ignore_signals))
+    signals = []                                            # of a scheduler, or Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: signals.append(received))
+
+    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, unit='step',
+               disable=rank > 0 or None)                    # None: shown only on a terminal
+    for step in bar:
+        # Stochastic depth draws random numbers; they must be the same after --resume.
+        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]))
+
+        # Learning rate and weight decay of this step; at first the prototypes do not move.
+        rates = schedules(cfg, step)
+        for group in optimizer.param_groups:
+            frozen = group['last_layer'] and step < cfg.freeze_last_layer
+            group['lr'] = 0.0 if frozen else rates['lr'] * group['lr_scale']
+            group['weight_decay'] = rates['wd'] * group['wd_scale']
+
+        # The micro-batches, sent to the device as bytes; `pairs`: slice pairs in one of them, on average.
+        batches = [{name: x.to(device, non_blocking=True) for name, x in next(stream).items()}
+                   for _ in range(accumulate)]
+        pairs = sum_over_ranks(sum(len(batch['pair']) for batch in batches), device).item()
+        pairs /= ranks * accumulate
+
+        # The centres start at the mean of the first batch [ours]; DINO's start at 0.
+        if step == 0:
+            with torch.no_grad(), amp:
+                teacher_outs = [teacher(batch, is_student=False) for batch in batches]
+            update_centers(center, teacher, teacher_outs, momentum=0)
+
+        # Forward and backward. DDP averages the gradients over ranks once, with the last micro-batch;
+        # setting its flag is what `with ddp.no_sync()` does.
+        values, teacher_outs = [], []
+        for i, batch in enumerate(batches):
+            ddp.require_backward_grad_sync = i == accumulate - 1
+            with amp:
+                terms, teacher_out = student_losses(cfg, ddp, teacher, center, batch,
+                                                    rates['teacher_temp'], pairs)
+            loss = total_loss(cfg, terms)
+            (loss / accumulate).backward()
+            values.append(torch.stack([loss, *terms.values()]).detach())
+            teacher_outs.append(teacher_out)
+
+        # Average the losses over ranks, clip the gradients; what is not finite ends the run on all ranks.
+        means = (sum_over_ranks(torch.stack(values).mean(0), device) / ranks).tolist()
+        line = dict(zip(('step', 'total', *terms), (step, *means)))
+        line['grad_norm'] = clip_gradients(student, cfg.clip)
+        if not all(map(math.isfinite, line.values())):
+            raise ValueError(f'not finite: {line}; lower --lr, in another --out')
+
+        # AdamW moves the student; the centres follow, by the teacher's old weights, then the teacher.
+        optimizer.step()
+        optimizer.zero_grad()
+        update_centers(center, teacher, teacher_outs)
+        move_teacher(teacher, student, rates['momentum'])
+
+        # Write the log, and a checkpoint if one is due or any rank was asked to stop.
+        if step % cfg.log_every == 0 or step == cfg.steps - 1:
+            write_log(cfg, log, bar, line | rates | diagnose(cfg, batches, terms, teacher_out))
+        stopping = bool(sum_over_ranks(len(signals), device))
+        checkpoint(cfg, step + 1, parts, data, log, stopping)
+        if stopping:
+            bar.close()
+            return step + 1
+    return cfg.steps
+
+
 # ---- one step -------------------------------------------------------------------------------------
 
 def student_losses(cfg, student, teacher, center, batch, tau_t, pairs):
     """The four losses of a micro-batch -> terms {name: ()}, and the outputs of the teacher.
 
-    One pass of each network serves all losses, as in DINOv2: the student's global crops have their patch
-    masks on, for DINO-M and KoLeo too. `student` is wrapped in DDP. `pairs` is the mean number of slice
-    pairs in a micro-batch of this step, the divisor of DINO-adj. KoLeo sees this micro-batch, of all ranks.
+    As in DINOv2, all losses share what a network computes once, so DINO-M and KoLeo too see the student's
+    global crops with patches masked. `student` is wrapped in DDP. `pairs` is the mean number of slice pairs
+    in a micro-batch of this step, the divisor of DINO-adj. KoLeo sees this micro-batch, of all ranks.
     """
     with torch.no_grad():
         teacher_out = teacher(batch, is_student=False)
@@ -168,7 +250,7 @@ def student_losses(cfg, student, teacher, center, batch, tau_t, pairs):
 
     tau_s = cfg.student_temp
     student_out = student(batch, is_student=True)
-    views = torch.cat([student_out['logits'], student_out['local_logits']])             # (2 + n, B, K)
+    views = torch.cat([student_out['logits'], student_out['local_logits']])             # (2 + L, B, K)
     masks = batch['masks'].flatten(0, 1)                                                # (2 B, N)
     weight = (1 / masks.sum(1, keepdim=True).clamp_min(1)).expand_as(masks)[masks]      # (M,)
     prototypes_s = student.module.head.last_layer.weight                                # (K, E)
@@ -177,6 +259,7 @@ def student_losses(cfg, student, teacher, center, batch, tau_t, pairs):
         patch=losses.chunked_patch_loss(student_out['patches'], prototypes_s, patch_targets,
                                         weight, images=len(masks), temp=tau_s),
         slice=losses.adjacent_loss(student_out['pair_logits'], pair_targets, tau_s, pairs),
+        # Each view apart: the two crops of an image would be neighbours, and be pushed apart.
         koleo=sum(losses.koleo(view, batch['file']) for view in student_out['cls']))
     return terms, teacher_out | dict(targets=targets)
 
@@ -196,8 +279,9 @@ def move_teacher(teacher, student, momentum):
 @torch.no_grad()
 def update_centers(center, teacher, teacher_outs, momentum=None):
     """The centres of CLS and patch logits move once per step, towards the mean of the teacher's logits over
-    all micro-batches and ranks. Slice pairs use the first but do not move it, since they repeat volumes
-    that have moved it already. The mean logits of patches are the logits of their mean embedding."""
+    all micro-batches and ranks. Slice pairs use the centre of CLS but do not move it: their volumes have
+    moved it already by their global crops, and would count twice. The mean logits of patches are the logits
+    of their mean embedding."""
     logits = torch.cat([out['logits'].flatten(0, 1) for out in teacher_outs])           # (rows, K)
     center['cls'].update(logits, momentum=momentum)
     patches = [out['patches'] for out in teacher_outs]
@@ -216,172 +300,78 @@ def schedules(cfg, step):
                 momentum=cosine(step, cfg.steps, cfg.momentum, 1.0), teacher_temp=tau_t)
 
 
-def set_rates(optimizer, now, frozen):
-    """Learning rate and weight decay of a step, by each group's factors; `frozen` holds the prototypes."""
-    for group in optimizer.param_groups:
-        group['lr'] = 0.0 if frozen and group['last_layer'] else now['lr'] * group['lr_scale']
-        group['weight_decay'] = now['wd'] * group['wd_scale']
-
-
-def clip_gradients(student, most):
+def clip_gradients(student, max_norm):
     """Clips the gradients of backbone and head apart, as DINOv2 does -> their joint norm before that."""
-    halves = student.backbone.parameters(), student.head.parameters()
-    return math.hypot(*torch.stack([nn.utils.clip_grad_norm_(x, most) for x in halves]).tolist())
+    norms = [nn.utils.clip_grad_norm_(part.parameters(), max_norm)
+             for part in (student.backbone, student.head)]
+    return math.hypot(*torch.stack(norms).tolist())
 
 
-# ---- the run --------------------------------------------------------------------------------------
+# ---- student and teacher --------------------------------------------------------------------------
 
-def main(cfg):
-    """One run, from a prepared folder to the last checkpoint. The loop is DINOv2's, with the paper's views
-    and slice pairs."""
-    rank, ranks, device = setup()
-    accumulate = check(cfg, ranks)
-    out = Path(cfg.out)
-    # What can be wrong with the inputs is found before OUT exists: an error leaves no folder.
-    data = None if cfg.data is None else Slices(cfg, cfg.data)
-    student, teacher = networks(cfg, device)
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        lock_file = lock(out)                               # noqa: F841, open until the process ends
-        if data is None:
-            phantom.dataset(out / 'phantoms', demo_volumes(cfg))
-    dist.barrier()
-    if data is None:
-        data = Slices(cfg, out / 'phantoms')
+class Network(nn.Module):
+    """Encoder f and head h of one side."""
 
-    center = {kind: losses.Center(cfg.prototypes, cfg.center_momentum) for kind in ('cls', 'patch')}
-    center = nn.ModuleDict(center).to(device)
-    groups = vit.param_groups(student, cfg.lr, cfg.wd, cfg.layer_decay)     # rates are set in every step
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    parts = dict(student=student, teacher=teacher, center=center, optimizer=optimizer)
-    start, log = resume(cfg, parts, data)
+    def __init__(self, cfg, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.head = losses.Head(cfg.width, cfg.prototypes, cfg.hidden, cfg.bottleneck)
 
-    cuda = device.type == 'cuda'
-    bf16 = computes_in_bf16(device, cfg.amp)
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    if cfg.compile:                                         # in place: the state dict keeps its names
-        for block in (*student.backbone.blocks, *teacher.backbone.blocks):
-            block.compile(dynamic=True)
-    ddp = nn.parallel.DistributedDataParallel(student, device_ids=[device] if cuda else None,
-                                              gradient_as_bucket_view=True)
-    stream = iter(DataLoader(data, batch_sampler=micro_batches(cfg, start, rank, ranks, accumulate),
-                             collate_fn=collate, num_workers=cfg.workers, pin_memory=cuda,
-                             worker_init_fn=ignore_signals, timeout=1800 if cfg.workers else 0))
-    signals, stopping = [], False                           # of a scheduler, or Ctrl-C
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: signals.append(received))
-    if rank == 0:
-        print(introduction(cfg, data, student, start, ranks, accumulate, device, bf16), flush=True)
+    def forward(self, batch, is_student):
+        """A micro-batch -> dict of cls (2, B, D) and logits (2, B, K) of the global crops, pair_logits
+        (P, K), local_logits (L, B, K), and patches (M, E), embeddings of the patches under the masks.
 
-    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, unit='step',
-               disable=rank > 0 or None)                    # None: only where stderr is a terminal
-    for step in bar:
-        # Stochastic depth draws random numbers; they must be the same after --resume.
-        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]))
-        now = schedules(cfg, step)
-        set_rates(optimizer, now, frozen=step < cfg.freeze_last_layer)
-        batches, pairs = fetch(stream, accumulate, ranks, device)
-
-        # The centres start at the mean of the first batch. From 0, as in DINO, a few prototypes would win.
-        if step == 0:
-            with torch.no_grad(), amp:
-                teacher_outs = [teacher(batch, is_student=False) for batch in batches]
-            update_centers(center, teacher, teacher_outs, momentum=0)
-
-        # Forward and backward. DDP averages the gradients over ranks once, with the last micro-batch.
-        values, teacher_outs = [], []
-        for i, batch in enumerate(batches):
-            with ddp.no_sync() if i < accumulate - 1 else nullcontext():
-                with amp:
-                    terms, teacher_out = student_losses(cfg, ddp, teacher, center, batch,
-                                                        now['teacher_temp'], pairs)
-                loss = total_loss(cfg, terms)
-                (loss / accumulate).backward()
-            values.append(torch.stack([loss, *terms.values()]).detach())
-            teacher_outs.append(teacher_out)
-
-        # Clip the gradients. What is not finite ends the run, on all ranks alike.
-        means = (sum_over_ranks(torch.stack(values).mean(0), device) / ranks).tolist()
-        line = dict(zip(('step', 'total', *terms), (step, *means)))
-        line['grad_norm'] = clip_gradients(student, cfg.clip)
-        if not all(map(math.isfinite, line.values())):
-            raise ValueError(f'not finite: {line}; lower --lr, in another --out')
-
-        # AdamW moves the student; the centres follow, by the teacher's old weights, then the teacher.
-        optimizer.step()
-        optimizer.zero_grad()
-        update_centers(center, teacher, teacher_outs)
-        move_teacher(teacher, student, now['momentum'])
-
-        # Write the log, and a checkpoint if one is due or any rank was asked to stop.
-        if step % cfg.log_every == 0 or step == cfg.steps - 1:
-            write_log(cfg, log, bar, line | now | diagnose(cfg, batches, terms, teacher_out))
-        stopping = bool(sum_over_ranks(len(signals), device))
-        checkpoint(cfg, step + 1, parts, data, log, stopping)
-        if stopping:
-            break
-
-    bar.close()
-    if rank == 0 and stopping and step + 1 < cfg.steps:
-        print(f'stopped after step {step}, as asked; the same command with --resume goes on')
-    elif rank == 0:
-        if cfg.data is None and cfg.test_phantoms:
-            untrained = networks(cfg, device)[1]
-            report(cfg, {'random init': untrained, 'trained teacher': teacher}, device)
-        print(f'-> {out}/last.pt. Next:\n   python vit.py IMAGE {out}/last.pt\n   torchrun '
-              f'finetune.py --encoder {out}/last.pt --dataset csv --root DIR --task cancer')
-    del ddp                             # before its group: afterwards, gloo could wait for ever
-    dist.destroy_process_group()
+        The student sees slice k of each pair, the local crops, and the mask token in place of the patches
+        under the masks. The teacher sees slice k', no local crops, and everything that the masks hide.
+        """
+        B, P = batch['globals'].shape[1], len(batch['pair'])
+        pair = batch['pair'][:, 0 if is_student else 1]                                 # (P, S, S)
+        crops = torch.cat([pixels(batch['globals']), pixels(pair)])                     # (2 B + P, 1, S, S)
+        masks = batch['masks'].flatten(0, 1)                                            # (2 B, N)
+        masks = torch.cat([masks, masks.new_zeros(P, masks.shape[1])])                  # none on slices
+        cls, patches = self.backbone(crops, masks if is_student else None)
+        if is_student and len(batch['locals']):
+            cls = torch.cat([cls, self.backbone(pixels(batch['locals']))[0]])           # + L B rows
+        logits = self.head(cls)
+        return dict(cls=cls[:2 * B].unflatten(0, (2, B)),
+                    logits=logits[:2 * B].unflatten(0, (2, B)),
+                    pair_logits=logits[2 * B:2 * B + P],
+                    local_logits=logits[2 * B + P:].unflatten(0, (-1, B)),
+                    patches=self.head.embed(patches[masks]))
 
 
-def check(cfg, ranks):
-    """-> micro-batches per rank and step. Shortens the warm-up of a short run. ValueError for flags that do
-    not fit together."""
-    if cfg.small or cfg.data is None:                       # a short run warms up for a tenth of it
-        cfg.warmup = min(cfg.warmup, cfg.steps // 10)
-    names = ('warmup', 'freeze_last_layer', 'teacher_temp_steps')
-    late = [f'--{name} {getattr(cfg, name)}' for name in names if getattr(cfg, name) >= cfg.steps]
-    if late:
-        raise ValueError(f"--steps {cfg.steps} must exceed {', '.join(late)}; --small does that")
-    if min(cfg.save_every, cfg.log_every) < 1:
-        raise ValueError('--save_every and --log_every start at 1')
-    if cfg.size % cfg.patch or cfg.local_size % cfg.patch or cfg.width % cfg.heads:
-        raise ValueError(f'--size {cfg.size} and --local_size {cfg.local_size} must be multiples '
-                         f'of --patch {cfg.patch}, --width {cfg.width} of --heads {cfg.heads}')
-    micro = min(cfg.micro_batch, cfg.batch // ranks)
-    if micro < 1 or cfg.batch % (micro * ranks):
-        raise ValueError(f'--batch {cfg.batch} does not divide into {ranks} ranks x --micro_batch '
-                         f'{cfg.micro_batch}; choose a multiple of both, or lower --micro_batch')
-    exists = any(Path(cfg.out, name).exists() for name in ('last.pt', 'log.jsonl'))
-    if exists and not cfg.resume and (cfg.data is not None or cfg.out != DEMO['out']):
-        raise ValueError(f'{cfg.out} holds a run; add --resume to go on, or choose another --out')
-    return cfg.batch // (micro * ranks)
+def pixels(crops):
+    """uint8 (..., S, S) -> float (rows, 1, S, S) in [0, 1]"""
+    return crops.flatten(0, -3).unsqueeze(1).float() / 255
 
 
-def introduction(cfg, data, student, start, ranks, accumulate, device, bf16):
-    """What is about to start."""
-    files, volumes, slices = len(data.paths), int((data.counts > 1).sum()), int(data.counts.sum())
-    parameters = sum(p.numel() for p in student.parameters())
-    micro, precision = cfg.batch // ranks // accumulate, 'bf16' if bf16 else 'fp32'
-    lines = [f'{files:,} files, {volumes:,} of them volumes, {slices:,} slices in {data.folder}',
-             f'width {cfg.width}, depth {cfg.depth}, {cfg.size} pixels, {parameters:,} parameters',
-             f'steps {start:,} to {cfg.steps:,} of {cfg.batch} images = {ranks} ranks x {micro} x '
-             f'{accumulate} micro-batches on {device.type} in {precision}']
-    if not volumes:
-        lines.append('no volume among them: L_DINO-adj has nothing to learn from')
-    if device.type == 'cpu' and cfg.width * cfg.depth > 2000:
-        lines.append('on a CPU a step of this network takes minutes; --small trains a small one')
-    return '\n'.join(lines)
+def networks(cfg, device):
+    """-> student, teacher, with equal weights. Only the student has stochastic depth and is trained."""
+    torch.manual_seed(cfg.seed)
+    shape = {name: getattr(cfg, name) for name in ('patch', 'width', 'depth', 'heads', 'registers')}
+    loaded = vit.load(cfg.init, imagenet=cfg.imagenet) if cfg.init else None
+    if loaded:
+        flags = [f'--{k} {loaded.config[k]}' for k, v in shape.items() if v != loaded.config[k]]
+        if flags:
+            raise ValueError(f"{cfg.init} is another encoder; it takes {' '.join(flags)}")
+        shape = loaded.config
+    shape = shape | dict(size=cfg.size)
+    backbone = vit.ViT(**shape, drop_path=cfg.drop_path, layerscale=cfg.layerscale)
+    if loaded:                                              # its positions, interpolated to --size
+        grid = cfg.size // cfg.patch
+        backbone.load_state_dict(loaded.state_dict() | dict(pos_embed=loaded.positions(grid, grid)))
+    student, teacher = Network(cfg, backbone), Network(cfg, vit.ViT(**shape))
+    teacher.load_state_dict(student.state_dict())
+    return student.to(device), teacher.to(device).requires_grad_(False).eval()
 
 
 # ---- the stream of samples ------------------------------------------------------------------------
 
 class Slices(Dataset):
     """Every slice of a prepared folder (a mammogram has one), as an endless stream of samples. Item i belongs
-    to epoch i // len(self) and depends on nothing but the seed, the epoch and the slice, neither on the
-    rank nor on the data worker.
+    to epoch i // len(self); it depends on seed, epoch and slice, neither on the rank nor on the data worker.
 
-    Item i -> dict: globals (2, S, S), locals (n, s, s) and pair (1, 2, S, S), or (0, 2, S, S) without a
+    Item i -> dict: globals (2, S, S), locals (L, s, s) and pair (1, 2, S, S), or (0, 2, S, S) without a
     neighbour, uint8; masks (2, N) bool; file; relaxed (2,), how many crops and masks had to lower rho.
     """
 
@@ -393,14 +383,13 @@ class Slices(Dataset):
         try:
             with open(index, newline='', encoding='utf-8-sig', errors='surrogateescape') as file:
                 rows = list(csv.DictReader(file))
-            sides = np.array([min(int(row['height']), int(row['width'])) for row in rows])
+            small = sum(min(int(row['height']), int(row['width'])) < cfg.local_size for row in rows)
             self.paths = np.array([os.fsencode(row['path']) for row in rows])   # arrays: workers share them
-            self.counts = np.array([int(row['slices']) for row in rows])
+            self.counts = np.array([int(row['slices']) for row in rows])        # slices of each file
         except (KeyError, TypeError, ValueError, csv.Error):
             rows = []
         if not rows or self.counts.min() < 1:
             raise ValueError(f'{index} lists no images as prepare.py does; run that again')
-        small = int((sides < cfg.local_size).sum())
         if small:
             raise ValueError(f'{index}: {small} of {len(rows)} images are smaller than '
                              f'--local_size {cfg.local_size}; lower it, or raise prepare.py --side')
@@ -457,13 +446,13 @@ class Slices(Dataset):
                     relaxed=np.array([out['relaxed'].sum(), masks_relaxed]))
 
 
-@functools.lru_cache(2)                                     # a batch may lie in two epochs
-def epoch_order(seed, epoch, n):
-    return np.random.default_rng([seed, epoch]).permutation(n)
+@functools.lru_cache(2)                                     # a batch can straddle two epochs
+def epoch_order(seed, epoch, length):
+    return np.random.default_rng([seed, epoch]).permutation(length)
 
 
 def collate(samples):
-    """A micro-batch of tensors, views first: globals (2, B, S, S), masks (2, B, N), pair (P, 2, S, S)."""
+    """-> globals (2, B, S, S), locals (L, B, s, s), masks (2, B, N), pair (P, 2, S, S), file (B,), relaxed"""
     batch = {name: torch.from_numpy(np.stack([s[name] for s in samples], axis=1))
              for name in ('globals', 'locals', 'masks')}
     batch['pair'] = torch.from_numpy(np.concatenate([s['pair'] for s in samples]))
@@ -488,104 +477,118 @@ def ignore_signals(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def fetch(stream, accumulate, ranks, device):
-    """-> the micro-batches of a step, sent to the device as bytes, and how many slice pairs a micro-batch of
-    this step has on average over all ranks."""
-    batches = [next(stream) for _ in range(accumulate)]
-    pairs = sum_over_ranks(sum(len(batch['pair']) for batch in batches), device).item()
-    for batch in batches:
-        batch.update({name: x.to(device, non_blocking=True) for name, x in batch.items()})
-    return batches, pairs / (ranks * accumulate)
+# ---- the run: set-up, checkpoints, log ------------------------------------------------------------
+
+def main(cfg):
+    """One run, from a prepared folder to the last checkpoint."""
+    rank, ranks, device = setup()
+    accumulate = accumulation_steps(cfg, ranks)
+    out = Path(cfg.out)
+    # The data and --init are read before OUT is created, so that an error leaves no folder.
+    data = None if cfg.data is None else Slices(cfg, cfg.data)
+    student, teacher = networks(cfg, device)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        lock_file = lock(out)                               # noqa: F841, open until the process ends
+        if data is None:
+            phantom.dataset(out / 'phantoms', demo_volumes(cfg))
+    dist.barrier()
+    if data is None:
+        data = Slices(cfg, out / 'phantoms')
+
+    center = {kind: losses.Center(cfg.prototypes, cfg.center_momentum) for kind in ('cls', 'patch')}
+    center = nn.ModuleDict(center).to(device)
+    groups = vit.param_groups(student, cfg.lr, cfg.wd, cfg.layer_decay)     # rates are set in every step
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    parts = dict(student=student, teacher=teacher, center=center, optimizer=optimizer)
+    start, log = resume(cfg, parts, data)
+    if cfg.compile:                                         # in place: the state dict keeps its names
+        for block in (*student.backbone.blocks, *teacher.backbone.blocks):
+            block.compile(dynamic=True)
+    if rank == 0:
+        introduce(cfg, data, student, start, ranks, accumulate, device)
+
+    done = train(cfg, data, parts, start, accumulate, log)
+    if rank == 0 and done < cfg.steps:
+        print(f'stopped after step {done - 1}, as asked; the same command with --resume goes on')
+    elif rank == 0:
+        if cfg.data is None and cfg.test_phantoms:
+            untrained = networks(cfg, device)[1]
+            report(cfg, {'random init': untrained, 'trained teacher': teacher}, device)
+        last = out / 'last.pt'
+        flags = '' if cfg.data is None else f' --root exams.csv --task cancer --encoder {last}'
+        print(f'-> {last}. Next:\n   python vit.py IMAGE {last}\n   python finetune.py{flags}')
+    dist.destroy_process_group()
 
 
-# ---- student and teacher --------------------------------------------------------------------------
-
-class Network(nn.Module):
-    """Encoder f and head h of one side."""
-
-    def __init__(self, cfg, backbone):
-        super().__init__()
-        self.backbone = backbone
-        width = backbone.config['width']
-        self.head = losses.Head(width, cfg.prototypes, cfg.hidden, cfg.bottleneck)
-
-    def forward(self, batch, is_student):
-        """A micro-batch -> dict of cls (2, B, D) and logits (2, B, K) of the global crops, pair_logits
-        (P, K), local_logits (n, B, K), and patches (M, E), embeddings of the patches under the masks.
-
-        The student sees slice k of each pair, the local crops, and the mask token in place of the patches
-        under the masks. The teacher sees slice k', no local crops, and everything that the masks hide.
-        """
-        B, P = batch['globals'].shape[1], len(batch['pair'])
-        pair = batch['pair'][:, 0 if is_student else 1]                                 # (P, S, S)
-        crops = torch.cat([pixels(batch['globals']), pixels(pair)])                     # (2 B + P, 1, S, S)
-        masks = batch['masks'].flatten(0, 1)                                            # (2 B, N)
-        masks = torch.cat([masks, masks.new_zeros(P, masks.shape[1])])                  # none on slices
-        cls, patches = self.backbone(crops, masks if is_student else None)
-        if is_student and len(batch['locals']):
-            cls = torch.cat([cls, self.backbone(pixels(batch['locals']))[0]])           # + n B rows
-        logits = self.head(cls)
-        return dict(cls=cls[:2 * B].unflatten(0, (2, B)),
-                    logits=logits[:2 * B].unflatten(0, (2, B)),
-                    pair_logits=logits[2 * B:2 * B + P],
-                    local_logits=logits[2 * B + P:].unflatten(0, (-1, B)),
-                    patches=self.head.embed(patches[masks]))
+def accumulation_steps(cfg, ranks):
+    """-> micro-batches per rank and step. ValueError for flags that do not fit, or if --out holds a run."""
+    for name in ('steps', 'batch', 'micro_batch', 'patch', 'heads', 'save_every', 'log_every'):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f'--{name} {getattr(cfg, name)}; it starts at 1')
+    names = ('warmup', 'freeze_last_layer', 'teacher_temp_steps')
+    late = [f'--{name} {getattr(cfg, name)}' for name in names if getattr(cfg, name) >= cfg.steps]
+    if late:
+        raise ValueError(f"--steps {cfg.steps} must exceed {', '.join(late)}; --small does that")
+    if cfg.size % cfg.patch or cfg.local_size % cfg.patch:
+        raise ValueError(f'--size {cfg.size} and --local_size {cfg.local_size} must be multiples '
+                         f'of --patch {cfg.patch}')
+    micro = min(cfg.micro_batch, cfg.batch // ranks)
+    if micro < 1 or cfg.batch % (micro * ranks):
+        raise ValueError(f'--batch {cfg.batch} does not divide into {ranks} ranks x --micro_batch '
+                         f'{cfg.micro_batch}; choose a multiple of both, or lower --micro_batch')
+    log, last = Path(cfg.out, 'log.jsonl'), Path(cfg.out, 'last.pt')
+    if not cfg.resume and (log.exists() or last.exists()):
+        # Only in its own folder does a demo replace a demo. The first line of the log is the configuration.
+        first = log.read_text().partition('\n')[0] if log.exists() else ''
+        if cfg.data is not None or cfg.out != DEMO['out'] or '"data": null' not in first:
+            raise ValueError(f'{cfg.out} holds a run; add --resume, or choose another --out')
+    return cfg.batch // (micro * ranks)
 
 
-def pixels(crops):
-    """uint8 (..., S, S) -> float (rows, 1, S, S) in [0, 1]"""
-    return crops.flatten(0, -3).unsqueeze(1).float() / 255
+def introduce(cfg, data, student, start, ranks, accumulate, device):
+    """Prints what is about to start."""
+    files, volumes, slices = len(data.paths), int((data.counts > 1).sum()), int(data.counts.sum())
+    parameters = sum(p.numel() for p in student.parameters())
+    micro = cfg.batch // ranks // accumulate
+    precision = 'bf16' if computes_in_bf16(device, cfg.amp) else 'fp32'
+    print(f'{files:,} files, {volumes:,} of them volumes, {slices:,} slices in {data.folder}')
+    print(f'width {cfg.width}, depth {cfg.depth}, {cfg.size} pixels, {parameters:,} parameters')
+    print(f'steps {start:,} to {cfg.steps:,} of {cfg.batch} images = {ranks} ranks x {micro} x '
+          f'{accumulate} micro-batches on {device.type} in {precision}', flush=True)
+    if not volumes:
+        print('no volume among them: L_DINO-adj has nothing to learn from')
 
-
-def networks(cfg, device):
-    """-> student, teacher, with equal weights. Only the student has stochastic depth and is trained."""
-    torch.manual_seed(cfg.seed)
-    names = ('size', 'patch', 'width', 'depth', 'heads', 'registers')
-    shape = {name: getattr(cfg, name) for name in names}
-    loaded = vit.load(cfg.init, imagenet=cfg.imagenet) if cfg.init else None
-    if loaded:
-        wrong = [name for name in names if name != 'size' and loaded.config[name] != shape[name]]
-        if wrong:
-            flags = ' '.join(f'--{name} {loaded.config[name]}' for name in wrong)
-            raise ValueError(f'{cfg.init} is another encoder; it takes {flags}')
-        shape = loaded.config | dict(size=cfg.size)
-    backbone = vit.ViT(**shape, drop_path=cfg.drop_path, layerscale=cfg.layerscale)
-    if loaded:                                              # its positions, interpolated to --size
-        grid = cfg.size // cfg.patch
-        backbone.load_state_dict(loaded.state_dict() | dict(pos_embed=loaded.positions(grid, grid)))
-    student, teacher = Network(cfg, backbone), Network(cfg, vit.ViT(**shape))
-    teacher.load_state_dict(student.state_dict())
-    return student.to(device), teacher.to(device).requires_grad_(False).eval()
-
-
-# ---- checkpoints and log --------------------------------------------------------------------------
 
 def resume(cfg, parts, data):
     """-> the step to start with, and log.jsonl open to append (None but on rank 0). With --resume and a
     last.pt, the run goes on from there; another recipe or other files are refused."""
-    out, start = Path(cfg.out), 0
-    if cfg.resume and (out / 'last.pt').exists():
-        state = vit.read(out / 'last.pt')
-        free = {'data', 'out', 'resume', 'small', 'workers', 'micro_batch', 'compile', 'save_every',
-                'keep_every', 'log_every', 'test_phantoms'}
-        then = state.get('config', {})
-        changed = [f'--{name} {then.get(name)} -> {value}' for name, value in asdict(cfg).items()
-                   if name not in free and then.get(name) != value]
-        changed += ['other files'] if state.get('data') != data.digest else []
+    last, start = Path(cfg.out, 'last.pt'), 0
+    if cfg.resume and last.exists():
+        state = vit.read(last)
+        if not parts.keys() <= state.keys():
+            raise ValueError(f'{last} is no run of pretrain.py; choose another --out')
+        may_change = {'data', 'out', 'resume', 'small', 'workers', 'micro_batch', 'compile',
+                      'save_every', 'keep_every', 'log_every', 'test_phantoms'}
+        old = state['config']
+        changed = [f'--{name} {old.get(name)} -> {value}' for name, value in asdict(cfg).items()
+                   if name not in may_change and old.get(name) != value]
+        changed += ['other files'] if state['data'] != data.digest else []
         if changed:
-            changed = ', '.join(changed)
-            raise ValueError(f'{out}/last.pt is another run: {changed}; choose another --out')
+            raise ValueError(f"{last} is another run: {', '.join(changed)}; choose another --out")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         start = state['step']
     if dist.get_rank() > 0:
         return start, None
-    log = open(out / 'log.jsonl', 'a' if start else 'w')
-    if start:                                               # without the lines after the checkpoint
+    log = open(last.with_name('log.jsonl'), 'a' if start else 'w')
+    if start:                                               # cut off lines written after the checkpoint
         log.truncate(min(log.seek(0, os.SEEK_END), state['log_bytes']))
-    else:
-        (out / 'last.pt').unlink(missing_ok=True)           # of a demo before this one
-        print(json.dumps(dict(config=asdict(cfg), torch=torch.__version__)), file=log, flush=True)
+        return start, log
+    if last.exists():                                       # only the demo writes over a run
+        print(f'replaces the demo in {cfg.out}')
+        last.unlink()
+    print(json.dumps(dict(config=asdict(cfg), torch=torch.__version__)), file=log, flush=True)
     return start, log
 
 
@@ -599,7 +602,7 @@ def checkpoint(cfg, step, parts, data, log, stopping):
     if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
         raise ValueError(f'step {step}: weights that are not finite; lower --lr, in another --out')
     if log:
-        os.fsync(log.fileno())                              # no checkpoint outlives the lines before it
+        os.fsync(log.fileno())                              # the lines up to here lie on disk before it
         state = dict(step=step, config=asdict(cfg), vit=parts['teacher'].backbone.config,
                      data=data.digest, log_bytes=log.tell())
         state |= {name: part.state_dict() for name, part in parts.items()}
@@ -637,10 +640,11 @@ def diagnose(cfg, batches, terms, teacher_out):
     """What shows a collapse first, from the last micro-batch of all ranks.
 
     teacher_entropy: of an image's target, from 0, one prototype, to log K, no preference. kl: the
-    cross-entropy less that; at 0, all images have one target. With too large a learning rate the teacher is
-    nearly uniform and kl small, while losses and rank look healthy. cls_spread and effective_rank of the unit
-    CLS tokens: 0 to 1 and 1 to D, the least if all are alike. Besides, relaxed and masks_relaxed: share of
-    the step's crops, and of its globals' masks, that had to lower rho; gpu_memory: GiB at most.
+    cross-entropy less that, KL(teacher || student); near 0 the student guesses every target, as when all
+    images share one. With too large a learning rate the teacher is nearly uniform and kl small, while losses
+    and rank look healthy. cls_spread and effective_rank of the unit CLS tokens: 0 to 1 and 1 to D, the least
+    if all are alike. Besides, relaxed and masks_relaxed: the share of the step's crops, and of its global
+    crops with or without a mask, where rho had to fall; gpu_memory: GiB at most.
     """
     p = teacher_out['targets']                                                          # (2, B, K)
     entropy = -(p * torch.log(p.clamp_min(1e-12))).sum(-1).mean()
@@ -649,11 +653,11 @@ def diagnose(cfg, batches, terms, teacher_out):
     cls = losses.gather(teacher_out['cls'].flatten(0, 1).float())                       # (ranks * 2 B, D)
     cls = nn.functional.normalize(cls, dim=-1)
     crops, masks = sum_over_ranks(sum(batch['relaxed'] for batch in batches), p.device).tolist()
-    memory = torch.cuda.max_memory_allocated() if p.is_cuda else 0
     return dict(teacher_entropy=entropy, kl=kl, cls_spread=cls.std(0).norm().item(),
                 effective_rank=metrics.effective_rank(cls.cpu().numpy()),
                 relaxed=crops / (cfg.batch * (2 + cfg.locals)),
-                masks_relaxed=masks / (2 * cfg.batch), gpu_memory=memory / 2 ** 30)
+                masks_relaxed=masks / (2 * cfg.batch),
+                gpu_memory=torch.cuda.max_memory_allocated() / 2 ** 30)
 
 
 def sum_over_ranks(value, device):
@@ -703,8 +707,7 @@ def report(cfg, encoders, device):
     result = dict(rows=rows, gain=gain.mean(), interval=[low, high])
     (out / 'report.json').write_text(json.dumps(result, indent=1))
 
-    rng = np.random.default_rng(8)
-    image = prepared(phantom.breast(rng, width=288, lesion=True))[0]
+    image = prepared(phantom.breast(np.random.default_rng(8), width=288, lesion=True))[0]
     tissue, rng = mask.tissue(image, percentile=None), np.random.default_rng(1)
     sampler.contact_sheet(rng, image, tissue, rho=cfg.min_coverage).save(out / 'views.png')
     sheet = []

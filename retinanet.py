@@ -14,7 +14,6 @@ Copy this file alone; it imports nothing of this repository.
     $ python retinanet.py               # the levels, and how well the anchors cover lesions of each size
 """
 import math
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +39,9 @@ def anchors(size):
     """The anchors of a size x size image, fp32 (A, 4), A = 65,250 at 518: level by level from P3, then row by
     row, column by column, and shape by shape, the ratio in the outer loop.
 
-    They lie where the cells look: max-pooling and strided convolution put cell j of P5 at 28 j + 14, of P6
-    at 56 j + 14. The paper's code takes (j + 0.5) size / cells, up to 27 pixels away where a grid is odd.
+    Each is centred on the pixels from which its cell is computed: max-pooling and strided convolution put
+    cell j of P5 at 28 j + 14, of P6 at 56 j + 14. The paper's code takes (j + 0.5) size / cells, up to 27
+    pixels away where a grid is odd.
     """
     levels = []
     for cells, (stride, first, base) in zip(grids(size), LEVELS.values()):
@@ -102,12 +102,12 @@ def match(boxes, priors, high=0.5, low=0.4):
     if not len(boxes):
         return torch.full((len(priors),), -1, device=priors.device)
     iou = pairwise_iou(boxes, priors)                                                   # (G, A)
-    of_anchor, lesion = iou.max(dim=0)                      # the largest of each anchor, with which box
-    matched = torch.where(of_anchor >= high, lesion, torch.where(of_anchor < low, -1, -2))
-    of_box = iou.amax(dim=1, keepdim=True)                  # the largest of each box, (G, 1)
-    # Without `of_box > 0`, a box outside the image would make every anchor positive: all tie at 0.
-    fits_best = ((iou == of_box) & (of_box > 0)).any(dim=0)                             # (A,)
-    return torch.where(fits_best, lesion, matched)
+    best_iou, best_box = iou.max(dim=0)                     # of each anchor, (A,)
+    matched = torch.where(best_iou >= high, best_box, torch.where(best_iou < low, -1, -2))
+    most = iou.amax(dim=1, keepdim=True)                    # the best IoU of each box, (G, 1)
+    # Without `most > 0`, a box outside the image would make every anchor positive: all tie at 0.
+    fits_best = ((iou == most) & (most > 0)).any(dim=0)                                 # (A,)
+    return torch.where(fits_best, best_box, matched)
 
 
 def nms(boxes, scores, iou=0.5, top=None):
@@ -243,8 +243,6 @@ def boxes_of(logits, deltas, priors, size, iou, top, per_level=500):
 
 
 if __name__ == '__main__':
-    if {'-h', '--help'} & {*sys.argv}:
-        sys.exit(print(__doc__))
     torch.manual_seed(0)
     priors = anchors(518)
     print(f'{len(priors):,} anchors of a 518 x 518 image')

@@ -23,17 +23,16 @@ import torch
 import torch.distributed as dist
 
 
-def option(default, source, text, group=None):
-    """A dataclass field that is a flag. `source`: whose value it is; `group`: opens a section of --help."""
-    return field(default=default, metadata=dict(source=source, help=text, group=group))
+def option(default, origin, text, group=None):
+    """A dataclass field that is a flag. `origin`: whose value it is; `group`: opens a section of --help."""
+    return field(default=default, metadata=dict(source=origin, help=text, group=group))
 
 
 def parse(config, argv, demo=None, source='data'):
     """Flags -> an object of the dataclass `config`. A flag that is given wins over every default.
 
-    `demo` replaces the defaults when the flag `source`, which names the data, is not given. It may also be
-    a function of the given flags that returns the defaults to replace.
-    """
+    `demo` replaces defaults when the flag that names the data, `source`, is not given. It may also be a
+    function of the given flags that returns the defaults to replace."""
     parser = group = argparse.ArgumentParser(
         usage=f'{Path(sys.argv[0]).name} [--{source} DIR] [options]; --help lists them',
         description=sys.modules[config.__module__].__doc__, epilog=cleandoc(config.__doc__),
@@ -61,7 +60,7 @@ def parse(config, argv, demo=None, source='data'):
 
 def setup():
     """-> rank, ranks, device. There is always a process group; plain python makes one of one process."""
-    cuda, env, patience = torch.cuda.is_available(), os.environ, timedelta(minutes=45)
+    cuda, env, timeout = torch.cuda.is_available(), os.environ, timedelta(minutes=45)
     local_rank, local_ranks = int(env.get('LOCAL_RANK', 0)), int(env.get('LOCAL_WORLD_SIZE', 1))
     if cuda and local_ranks > torch.cuda.device_count():
         raise ValueError(f'{local_ranks} ranks on {torch.cuda.device_count()} GPUs; lower '
@@ -69,17 +68,17 @@ def setup():
     device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
     if cuda:
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')      # TF32: changes a p at tau = 0.04 by less than 0.4 %
+        torch.set_float32_matmul_precision('high')          # TF32
     if 'RANK' in env:
-        store, rank, ranks = next(dist.rendezvous('env://', timeout=patience))
+        store, rank, ranks = next(dist.rendezvous('env://', timeout=timeout))
         # torchrun's store survives a restart and still holds the addresses of ranks that are gone, so every
-        # attempt gets its own prefix. Nodes count their attempts apart: this works on one node only.
+        # attempt gets its own prefix; on a single node only, as every node counts its own restarts.
         attempt = env.get('TORCHELASTIC_RESTART_COUNT', '0')
         store = dist.PrefixStore(attempt if env.get('GROUP_WORLD_SIZE') == '1' else '0', store)
     else:
         store, rank, ranks = dist.HashStore(), 0, 1
     dist.init_process_group('nccl' if cuda else 'gloo', store=store, rank=rank, world_size=ranks,
-                            timeout=patience, device_id=device if cuda else None)
+                            timeout=timeout, device_id=device if cuda else None)
     return rank, ranks, device
 
 
@@ -90,18 +89,18 @@ def computes_in_bf16(device, amp):
     return amp
 
 
-def gathered(mine):
+def gathered(items):
     """The lists of all ranks joined, in the order of ranks, on every rank."""
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return [item for part in everyone for item in part]
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return sum(lists, [])
 
 
 def on_rank_0(function, *args):
-    """What function(*args) returns on rank 0, on every rank; for headers and masks that one rank reads."""
-    found = [function(*args) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
+    """function(*args), called on rank 0, returned on every rank: what reads many files is read once."""
+    result = [function(*args) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result)
+    return result[0]
 
 
 def cosine(step, steps, peak, end, warmup=0):
@@ -148,27 +147,28 @@ ADVICE = {                  # words of an error -> what to do about it
     'NCCL': 'another rank has ended; its own message is above or below'}
 
 
-def script(name, entry):
-    """Runs entry(argv) and ends the process. What a user can mend becomes one sentence and status 1; a
+def script(name, main):
+    """Runs main(argv) and ends the process. What a user can mend becomes one sentence and status 1; a
     programming error keeps its traceback."""
-    wrong = None
+    message = None
     try:
-        entry(sys.argv[1:])
+        main(sys.argv[1:])
     except KeyboardInterrupt:
-        wrong = 'stopped'
+        message = 'stopped'
     except (ValueError, OSError, FloatingPointError) as problem:
         # A data worker puts a traceback before the reason, the system a number.
-        wrong = str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')
+        lines = str(problem).strip().splitlines() or [type(problem).__name__]
+        message = lines[-1].removeprefix('ValueError: ')
         if isinstance(problem, OSError) and problem.filename:
-            wrong = f'{problem.filename}: {problem.strerror}'
+            message = f'{problem.filename}: {problem.strerror}'
+    except (MemoryError, torch.OutOfMemoryError):
+        message = 'out of memory; lower the batch that a rank holds at once'
     except Exception as problem:
-        wrong = next((advice for words, advice in ADVICE.items() if words in str(problem)), None)
-        if isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
-            wrong = 'out of memory; lower the batch that a rank holds at once'
-        if wrong is None:
+        message = next((advice for words, advice in ADVICE.items() if words in str(problem)), None)
+        if message is None:
             traceback.print_exc()
-            wrong = 'stopped by the error above'
-    if wrong:
-        print(f'{name}: {wrong}', file=sys.stderr, flush=True)
+            message = 'stopped by the error above'
+    if message:
+        print(f'{name}: {message}', file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(bool(wrong))       # data workers ignore signals, gloo's threads may abort: wait for neither
+    os._exit(bool(message))     # data workers ignore signals, gloo's threads may abort: wait for neither

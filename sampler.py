@@ -4,14 +4,14 @@
     patch_mask(rng, grid, m, rho)        m patches of a crop for iBOT-M, mostly on tissue
     pair_views(rng, a, b, tissue)        the same window of two neighbouring slices of a DBT volume
 
-An image is uint8 (H, W), its tissue mask bool (H, W). With an all-true mask, crops and masks follow DINOv2's
-distributions in the main, the baseline of the paper's ablation, but every mask has exactly m patches.
-Boxes are (y0, x0, y1, x1) in whole pixels, end exclusive. `rng` is a numpy Generator; the same state
-gives the same sample.
+An image is uint8 (H, W), its tissue mask bool (H, W). With an all-true mask, crops and masks are DINOv2's,
+the baseline of the paper's ablation, but a mask has exactly m patches, where DINOv2's may have fewer.
+Boxes are windows (y0, x0, y1, x1) in whole pixels, rows first, end exclusive. `rng` is a numpy Generator;
+the same state gives the same sample.
 
 H W pixels of the image, S s sides of global and local crops, K slices; h w: the patch grid of a crop,
-or the pixels of a window. Copy this file alone; it imports nothing of this repository (its demonstration
-does).
+or the pixels of a window. Copy this file alone; it imports nothing of this repository (only its
+demonstration does).
 
     $ python sampler.py [FILE] [OUT.png]        # a row of tissue-aware crops, one of uniform ones
 """
@@ -39,9 +39,9 @@ def crop_box(rng, tissue, scale, ratio, rho):
     """A window around a random tissue pixel with r(C) > rho -> (box, relaxed).
 
     `scale` is the range of the window's share of the image area, `ratio` that of width / height. Every
-    try draws area, ratio and pixel again. The paper does not say what happens where no window passes:
-    here rho falls linearly to 0 after 50 tries, over 50 more, and the window counts as `relaxed`. So does
-    the uniform window of an image without tissue.
+    try draws area, ratio and pixel again. The paper does not say what happens where no window passes: here,
+    after 50 tries, rho falls linearly to 0 over the next 50, and the window counts as `relaxed`. So does the
+    uniform window of an image without tissue.
     """
     H, W = tissue.shape
     for attempt in range(2 * TRIES):
@@ -49,8 +49,8 @@ def crop_box(rng, tissue, scale, ratio, rho):
         pixel = tissue_pixel(rng, tissue)
         y, x = pixel or (rng.integers(H), rng.integers(W))
 
-        # A pixel a third down the image lies a third down the window (ours; the paper may centre it). So
-        # the window stays inside, and if everything is tissue its place is uniform, as in DINOv2.
+        # The pixel keeps its relative place: if it lies a third down the image, it lies a third down the
+        # window (ours; the paper may centre it). So the window stays inside; on tissue alone it is uniform.
         y0 = int((y + rng.random()) * (H - h + 1) / H)
         x0 = int((x + rng.random()) * (W - w + 1) / W)
         box = y0, x0, y0 + h, x0 + w
@@ -65,12 +65,16 @@ def window_size(rng, H, W, scale, ratio):
     """Height and width of a window, as torchvision's RandomResizedCrop draws them: ten tries, then the
     largest window of an allowed ratio."""
     for _ in range(10):
-        area = H * W * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        h, w = rectangle(rng, H * W * rng.uniform(*scale), ratio)
         if 0 < h <= H and 0 < w <= W:
             return h, w
     return min(H, max(1, round(W / ratio[0]))), min(W, max(1, round(H * ratio[1])))
+
+
+def rectangle(rng, area, ratio):
+    """Height and width of about this area, width / height log-uniform in the range `ratio`."""
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
 
 
 def tissue_pixel(rng, tissue):
@@ -84,23 +88,24 @@ def tissue_pixel(rng, tissue):
     return divmod(int(index[rng.integers(len(index))]), W) if len(index) else None
 
 
-def cut(image, box, size):
-    """A window of a uint8 image, resized to size (h, w) by antialiased bicubic interpolation.
+def cut(image, box, shape):
+    """A window of a uint8 image, resized to `shape` (h, w) by antialiased bicubic interpolation.
 
-    The height first, which leaves less to transpose; Pillow takes the width first. The results are equal
-    to one grey level, two if enlarged several times; beside sharp white edges, where values are clipped
-    between the two passes, to ten.
+    Shrinks the height first, which leaves less to transpose; enlarges the width first, as Pillow always does.
+    The results are equal to Pillow's to one grey level, two if enlarged several times; beside sharp white
+    edges, where values are clipped between the two passes, to ten.
     """
     y0, x0, y1, x1 = box
-    window, (h, w) = image[y0:y1, x0:x1], size
-    if h > y1 - y0 or w > x1 - x0:                                  # enlarged: Pillow's order
+    window = image[y0:y1, x0:x1]
+    h, w = shape
+    if h > y1 - y0 or w > x1 - x0:
         return resize_height(resize_height(window.T, w).T, h)
     return np.ascontiguousarray(resize_height(resize_height(window, h).T, w).T)
 
 
 def resize_height(image, height):
-    """uint8 (H, W) -> (height, W). F.interpolate has a fast path for images of four interleaved channels,
-    so four neighbouring columns become the channels of one pixel. It takes a third of the time."""
+    """uint8 (H, W) -> (height, W). Four neighbouring columns become the channels of one pixel: for four
+    interleaved channels F.interpolate has a fast path (`python tests/bench.py tricks`)."""
     H, W = image.shape
     four = np.empty((1, H, -(-W // 4), 4), np.uint8)
     four.reshape(H, -1)[:, :W] = image                              # the columns beyond W are cut off below
@@ -152,8 +157,7 @@ def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scal
           local_scale=(0.2, 0.5), ratio=(3 / 4, 4 / 3), rho=0.3, jitter=0.8, brightness=0.4,
           contrast=0.4, blurs=(1.0, 0.1, 0.5), sigma=(0.1, 2.0), solarizes=0.2, flip=0.5,
           placement=None):
-    """The view sampler T of the paper (2.2), drawn once: the teacher gets the globals, the student all.
-    Crops of one mammogram as a dict of arrays,
+    """The view sampler T (2.2): all crops of one mammogram, of which the teacher sees the globals. A dict of
 
         globals (2, S, S) and locals (locals, s, s), uint8
         grids   (2, h, w) float32, the share of tissue under each patch of the globals
@@ -172,7 +176,8 @@ def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scal
     for v in range(2 + locals):
         kind, side = ('globals', size) if v < 2 else ('locals', local_size)
         box, relaxed = crop_box(rng, placement, scale if v < 2 else local_scale, ratio, rho)
-        view, flipped = cut(image, box, (side, side)), rng.random() < flip
+        view = cut(image, box, (side, side))
+        mirror = slice(None, None, -1 if rng.random() < flip else 1)
         table = np.arange(256, dtype=np.uint8)
         if rng.random() < jitter:
             greys = np.bincount(view.ravel(), minlength=256)
@@ -183,7 +188,6 @@ def views(rng, image, tissue, size=518, local_size=196, locals=8, patch=14, scal
         if rng.random() < blurs[min(v, 2)]:
             view = blur(view, rng.uniform(*sigma))
 
-        mirror = slice(None, None, -1 if flipped else 1)
         out[kind].append(view[:, mirror])
         if kind == 'globals':
             out['grids'].append(tissue_grid(tissue, box, side // patch, side // patch)[:, mirror])
@@ -208,21 +212,25 @@ def patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0.3), wei
         accept it if it masks 0 < new <= min(m_max, missing) further patches; in the paper, new is the area
             less the overlap o, and missing is m - c
 
-    Ten refusals in a row, for want of a corner or for overlap, lower rho for good by a tenth of its first
-    value; after 200, single patches fill the rest. The paper relaxes rho "linearly" and says no more.
+    After every ten refusals in a row, for want of a corner or for overlap, rho falls by a tenth of its first
+    value for the rest of this mask; after 200, single patches fill it. The paper relaxes rho "linearly" and
+    says no more.
     m_max is half of the grid by default. `info`, a dict, receives `relaxed`, whether rho had to fall.
     Raises ValueError for m outside 0..h*w, and for eps below 1e-12, which never masks air.
     """
     h, w = grid.shape
     if not 0 <= m <= h * w or eps < 1e-12:
-        raise ValueError(f'{m} patches to mask, eps {eps}; expected 0..{h * w} and at least 1e-12')
+        raise ValueError(f'{m} patches to mask, eps {eps}; expected 0 to {h * w}, all of the grid, '
+                         'and eps from 1e-12')
     m_max = max(h * w // 2 if m_max is None else m_max, m_min)
     # A summed-area table gives the sum of any block from four entries; in float64, or eps would be lost.
     sums = np.pad(grid.cumsum(0, dtype=float).cumsum(1), ((1, 0), (1, 0)))              # (h + 1, w + 1)
     mask, floor, refusals, missing = np.zeros((h, w), bool), rho, 0, m
 
     while missing and refusals < 200:
-        bh, bw = piece_size(rng, h, w, min(m_min, missing), min(m_max, missing), ratio)
+        a_t = rng.uniform(min(m_min, missing), min(m_max, missing))
+        bh, bw = rectangle(rng, a_t, ratio)
+        bh, bw = min(h, max(1, bh)), min(w, max(1, bw))
         r = sums[bh:, bw:] - sums[:-bh, bw:] - sums[bh:, :-bw] + sums[:-bh, :-bw]
         r = r.clip(0) / (bh * bw)                                   # (h - bh + 1, w - bw + 1) corners
         pi = np.where(r >= floor, weight * r + eps, 0)
@@ -247,14 +255,6 @@ def patch_mask(rng, grid, m, rho, m_min=4, m_max=None, ratio=(0.3, 1 / 0.3), wei
     if info is not None:
         info['relaxed'] = floor < rho
     return mask
-
-
-def piece_size(rng, h, w, low, high, ratio):
-    """Height and width of a block of about a_t patches, a_t uniform in [low, high], that fits the grid."""
-    area = rng.uniform(low, high)
-    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-    bh, bw = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-    return min(h, max(1, bh)), min(w, max(1, bw))
 
 
 # ---- slice pairs (2.4) ----------------------------------------------------------------------------
@@ -286,9 +286,6 @@ def pair_views(rng, slice_a, slice_b, tissue, size=518, scale=(0.5, 1.0), ratio=
 
 
 # ---- contact sheet (Fig. 1a, 1b) ------------------------------------------------------------------
-
-YELLOW, BLUE = (255, 200, 0), (60, 190, 255)
-
 
 def contact_sheet(rng, image, tissue, size=224, local_size=112, patch=14, rho=0.3, share=0.4):
     """Tissue-aware above uniform sampling as a PIL image: the windows on the image, two global crops with a
@@ -331,31 +328,34 @@ def sheet(rows):
 
 def draw_windows(image, boxes, height):
     """The windows on the image, scaled to `height`: two yellow, the others blue. uint8 (h, w, 3)"""
-    f = height / image.shape[0]
-    picture = Image.fromarray(image).convert('RGB').resize((round(image.shape[1] * f), height))
+    zoom = height / image.shape[0]
+    picture = Image.fromarray(image).convert('RGB').resize((round(image.shape[1] * zoom), height))
     for v, (y0, x0, y1, x1) in enumerate(boxes):
-        corners = x0 * f, y0 * f, x1 * f - 1, y1 * f - 1
-        ImageDraw.Draw(picture).rectangle(corners, outline=YELLOW if v < 2 else BLUE)
+        corners = x0 * zoom, y0 * zoom, x1 * zoom - 1, y1 * zoom - 1
+        colour = (255, 200, 0) if v < 2 else (60, 190, 255)
+        ImageDraw.Draw(picture).rectangle(corners, outline=colour)
     canvas = Image.new('RGB', (max(picture.width, 230), height))            # as wide as its caption
     canvas.paste(picture)
     return np.array(canvas)
 
 
 if __name__ == '__main__':
-    if {'-h', '--help'} & {*sys.argv}:
-        sys.exit(print(__doc__))
-    path, out = [*(sys.argv[1:] or [None]), 'views.png'][:2]
+    if '-h' in sys.argv or '--help' in sys.argv:
+        print(__doc__)
+        sys.exit()
+    path = sys.argv[1] if len(sys.argv) > 1 else None
+    out = sys.argv[2] if len(sys.argv) > 2 else 'views.png'
     try:
         import images
         import mask
         import phantom
         if path:
-            image = images.read(path, images.frames(path) // 2)             # of a volume the middle slice
+            image = images.read_equalised(path, images.frames(path) // 2)       # middle slice of a volume
         else:
-            image = images.to_uint8(phantom.breast(np.random.default_rng(8), width=288).volume[0])
-        if not (path or '').endswith('.npy'):
-            image = images.clahe(image)
-        contact_sheet(np.random.default_rng(1), image, mask.tissue(image, None)).save(out)
+            breast = phantom.breast(np.random.default_rng(8), width=288)
+            image = images.clahe(images.to_uint8(breast.volume[0]))
+        tissue = mask.tissue(image, percentile=None)
+        contact_sheet(np.random.default_rng(1), image, tissue).save(out)
         print(f'-> {out}')
     except (ImportError, ValueError, OSError) as problem:
         sys.exit(f'sampler.py: {problem}')

@@ -44,8 +44,9 @@ def print_table(title, rows):
 
 def interval_text(values, sign=''):
     """(.812, .774, .85) -> '.812 [.774, .850]'; with the sign '+', '+.038 [.000, +.077]': a zero has none."""
-    value, low, high = (f'{v:{sign}.3f}'.replace('0.', '.') if v == v else '-' for v in values)
-    return re.sub(r'[+-](?=\.000)', '', f'{value} [{low}, {high}]')
+    value, low, high = ('-' if math.isnan(v) else f'{v:{sign}.3f}' for v in values)
+    text = re.sub(r'\b0\.', '.', f'{value} [{low}, {high}]')
+    return re.sub(r'[+-](?=\.000)', '', text)
 
 
 def write_json(path, values):
@@ -56,6 +57,7 @@ def write_json(path, values):
 
 
 def write_csv(path, header, rows):
+    """`datasets.table` reads it back."""
     with open(path, 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
         csv.writer(file).writerows([header, *rows])
 
@@ -77,7 +79,7 @@ class Result:
 
     @property
     def name(self):
-        return self.encoder + f', {self.share:.0%}' * (self.share < 1)
+        return self.encoder if self.share == 1 else f'{self.encoder}, {self.share:.0%}'
 
     def arrays(self, use=slice(None)):
         return self.y[use], self.p[use], self.guess[use]
@@ -89,11 +91,11 @@ def read_run(folder):
     classes, lines, results = run['classes'], defaultdict(list), []
     for line in table(Path(folder) / 'predictions.csv', 'encoder', 'share', 'unit'):
         lines[line['encoder'], float(line['share'])].append(line)
-    for (encoder, share), of in lines.items():
-        column = {name: np.array([line[name] for line in of]) for name in of[0]}
+    for (encoder, share), own in lines.items():
+        column = {name: np.array([line[name] for line in own]) for name in own[0]}
         p = np.stack([column[f'p_{name}'] for name in classes], axis=1).astype(float)
         if run['task'] == 'risk':
-            y, guess = np.array([text.split() for text in column['target']], int), np.zeros(len(of))
+            y, guess = np.array([text.split() for text in column['target']], int), np.zeros(len(p))
         else:
             y, guess = (np.array([classes.index(text) for text in column[name]])
                         for name in ('target', 'predicted'))
@@ -116,40 +118,31 @@ def questions(run, y):
     return {name: (everyone, y == c, c) for c, name in enumerate(classes)}
 
 
-def measures(run):
-    """{name: metric(y, p, guess)} of a task. The first is the one that encoders are compared by."""
-    task, C = run['task'], len(run['classes'])
+def measure(run, y, p, guess):
+    """The metrics of a task: {name: value}. The first is the one that encoders are compared by."""
+    task, classes, C = run['task'], run['classes'], len(run['classes'])
+    asked = questions(run, y).values()
+    areas = np.array([metrics.auc(truth, p[use, column]) for use, truth, column in asked])
 
-    def areas(y, p):                                        # one for each question
-        return np.array([metrics.auc(truth, p[use, column])
-                         for use, truth, column in questions(run, y).values()])
-
-    def mean_area(y, p, weighted):                          # over the years in which it is defined
-        found = areas(y, p)
-        cancers = np.array([truth.sum() for _, truth, _ in questions(run, y).values()])
-        weight, there = cancers if weighted else np.ones(C), ~np.isnan(found)
-        return np.average(found[there], weights=weight[there]) if there.any() else math.nan
-
-    def mean(hits):
-        return hits.mean() if len(hits) else math.nan
+    def mean(values, weights=None):
+        return np.average(values, weights=weights) if len(values) else math.nan
 
     if task == 'risk':                                      # plain, and by the cancers of each year (6.2.2)
-        years = {name: lambda y, p, _, t=t: areas(y, p)[t] for t, name in enumerate(run['classes'])}
-        return {'mean AUROC': lambda y, p, _: mean_area(y, p, False),
-                'weighted AUROC': lambda y, p, _: mean_area(y, p, True), **years}
+        cancers, defined = np.array([truth.sum() for _, truth, _ in asked]), ~np.isnan(areas)
+        return {'mean AUROC': mean(areas[defined]),
+                'weighted AUROC': mean(areas[defined], cancers[defined]),
+                **dict(zip(classes, areas))}
     if task in BINARY:
-        return {'AUC': lambda y, p, guess: areas(y, p)[0],
-                'sensitivity': lambda y, p, guess: mean(guess[y == 1] == 1),
-                'specificity': lambda y, p, guess: mean(guess[y == 0] == 0)}
-    found = {'accuracy': lambda y, p, guess: (guess == y).mean(),
-             'macro F1': lambda y, p, guess: metrics.f1(y, guess, C),
-             'macro AUC': lambda y, p, guess: areas(y, p).mean()}
-    if task in ORDERED and '0' not in run['classes']:       # BI-RADS 0, incomplete, has no place in the order
-        found['kappa'] = lambda y, p, guess: metrics.kappa(y, guess, C)
-    if task == 'density' and C == 4:                        # DBT-DINO 3.2
-        found['AB or CD'] = lambda y, p, guess: ((guess > 1) == (y > 1)).mean()
-        found['off by > 1'] = lambda y, p, guess: (abs(guess - y) > 1).mean()
-    return found
+        return {'AUC': areas[0], 'sensitivity': mean(guess[y == 1] == 1),
+                'specificity': mean(guess[y == 0] == 0)}
+    values = {'accuracy': mean(guess == y), 'macro F1': metrics.f1(y, guess, C),
+              'macro AUC': areas.mean()}
+    if task in ORDERED and '0' not in classes:              # BI-RADS 0, incomplete, has no place in the order
+        values['kappa'] = metrics.kappa(y, guess, C)
+    if task == 'density' and C == 4:                        # DBT-DINO 4 and 3.3
+        values['AB or CD'] = mean((guess > 1) == (y > 1))
+        values['off by > 1'] = mean(abs(guess - y) > 1)
+    return values
 
 
 def heads(folders, out, draws=1000, seed=0):
@@ -175,8 +168,8 @@ def head_tables(results, draws, seed):
     main, run = results[-1], results[-1].run
 
     def measured(result, use=slice(None)):
-        return {name: estimate(metric, result.arrays(use), result.patients[use], draws, seed)[0]
-                for name, metric in measures(run).items()}
+        arrays, patients = result.arrays(use), result.patients[use]
+        return estimate(partial(measure, run), arrays, patients, draws, seed)[0]
 
     cases = ', '.join(f'{name} {truth.sum()} of {len(truth)}'
                       for name, (_, truth, _) in questions(run, main.y).items())
@@ -195,9 +188,13 @@ def head_tables(results, draws, seed):
 
 
 def estimate(metric, arrays, patients, draws, seed):
-    """-> (value, low, high), and the values on the bootstrap draws, NaN where the metric is not defined"""
-    values = metrics.resample(metric, arrays, patients, np.random.default_rng(seed), draws)
-    return (float(metric(*arrays)), *metrics.interval(values)), values
+    """metric(*arrays) {name: value} -> {name: (value, low, high)}, and the values on the bootstrap draws
+    (draws, names), NaN where they are not defined"""
+    values = metric(*arrays)
+    drawn = metrics.resample(lambda *a: list(metric(*a).values()), arrays, patients,
+                             np.random.default_rng(seed), draws)
+    return {name: (float(value), *metrics.interval(column))
+            for (name, value), column in zip(values.items(), drawn.T)}, drawn
 
 
 def comparisons(runs):
@@ -224,13 +221,13 @@ def versus(a, b, draws, seed):
     {name: p}, and `naive` {name: p}.
 
     The test is DeLong's for what has a ROC curve, McNemar's for classes. Both assume independent units. Where
-    patients have several, the test is a bootstrap over patients and theirs is reported as naive."""
-    metric = next(iter(measures(a.run).values()))
+    patients have several, the test is a bootstrap over patients; the p of the other is `naive`."""
+    def differences(y, p_a, guess_a, p_b, guess_b):
+        of_a, of_b = measure(a.run, y, p_a, guess_a), measure(a.run, y, p_b, guess_b)
+        return {name: of_b[name] - of_a[name] for name in of_a}
 
-    def difference(y, p_a, guess_a, p_b, guess_b):
-        return metric(y, p_b, guess_b) - metric(y, p_a, guess_a)
-
-    gap, values = estimate(difference, (*a.arrays(), *b.arrays()[1:]), a.patients, draws, seed)
+    gaps, drawn = estimate(differences, (*a.arrays(), *b.arrays()[1:]), a.patients, draws, seed)
+    gap, values = next(iter(gaps.values())), drawn[:, 0]    # of the first metric
     if a.run['task'] in (*BINARY, 'risk'):
         tests = {f'DeLong, {name}': metrics.delong(truth, a.p[use, column], b.p[use, column])[2]
                  for name, (use, truth, column) in questions(a.run, a.y).items()}
@@ -294,31 +291,31 @@ def read_predictions(path):
 
 
 class Scored:
-    """One detector's predictions against the truth. Every number is a function of the weights of the volumes,
-    (V + 1,), the last for volumes that are not listed, so that a bootstrap draw costs no matching."""
+    """One detector's predictions, matched to the truth once for all bootstrap draws. `weight` (V + 1,) says
+    how often each volume counts; its last entry is for predictions in volumes that are not listed."""
 
     def __init__(self, volumes, truth, predictions, min_distance):
         names, flat = [key for key, _ in volumes], [row[:5] for row in truth]   # slices play no part
-        self.m = metrics.matched(volumes, truth, predictions, min_distance)
+        self.matched = metrics.matched(volumes, truth, predictions, min_distance)
         self.flat = metrics.matched(volumes, flat, predictions, min_distance)
         self.boxes = [metrics.overlapping(names, flat, predictions, iou) for iou in IOUS]
 
-    def everywhere(self, weight):
+    def sensitivities(self, weight):
         """Sensitivity at 1, 2, 3, 4 false positives per volume, and their mean: (5,)"""
-        found = metrics.sensitivity(self.m, RATES, weight)
-        return np.append(found, found.mean())
+        at_rates = metrics.sensitivity(self.matched, RATES, weight)
+        return np.append(at_rates, at_rates.mean())
 
     def with_lesions(self, weight):
         """The same over the volumes with a lesion: (5,)"""
-        return self.everywhere(self.m.ill(weight))
+        return self.sensitivities(self.matched.ill(weight))
 
     def caught(self, weight, rate=4):
         """(G,) lesions found at the last score with at most `rate` false positives per volume with one"""
-        return metrics.caught(self.m, rate, self.m.ill(weight))
+        return metrics.caught(self.matched, rate, self.matched.ill(weight))
 
     def by_class(self, weight, classes):
         """The share of the lesions of each class that are found there"""
-        count = weight[self.m.home] * (classes == np.unique(classes)[:, None])          # (classes, G)
+        count = weight[self.matched.home] * (classes == np.unique(classes)[:, None])    # (classes, G)
         with np.errstate(invalid='ignore'):                 # a draw may hold no lesion of a class
             return (count * self.caught(weight)).sum(1) / count.sum(1)
 
@@ -327,9 +324,9 @@ class Scored:
         return np.array([metrics.step_area(self.flat, w) for w in (weight, self.flat.ill(weight))])
 
     def overlap(self, weight):
-        """AP and top-1 localisation at each of IOUS (IHRRB-DINO 3): (2, 8)"""
-        return np.array([[metrics.precision_area(of, weight) for of in self.boxes],
-                         [metrics.localised(of, weight) for of in self.boxes]])
+        """AP and top-1 localisation, our reading of IHRRB-DINO 3.3, at each of IOUS: (2, 8)"""
+        return np.array([[metrics.precision_area(m, weight) for m in self.boxes],
+                         [metrics.localised(m, weight) for m in self.boxes]])
 
 
 def lesions(runs, volumes, truth, classes, min_distance, draws, seed, out, notes=()):
@@ -356,14 +353,15 @@ def lesions(runs, volumes, truth, classes, min_distance, draws, seed, out, notes
           + ', '.join(f'{kind} {count}' for kind, count in zip(kinds, counts))
           + f'; a hit is within max(half the diagonal, {min_distance:g} pixels)')
     for name, s in scored.items():
-        if (s.m.volume < 0).any():
-            print(f'  {name}: {(s.m.volume < 0).sum()} predictions in volumes that are not listed')
+        unlisted = (s.matched.volume < 0).sum()
+        if unlisted:
+            print(f'  {name}: {unlisted} predictions in volumes that are not listed')
     columns = [*(f'{rate} FP' for rate in RATES), 'mean of 1-4']
     scores = dict(
         challenge={name: metrics.froc(volumes, truth, rows, min_distance)
                    for name, rows in runs.items()},
         with_lesions=tabulate('sensitivity, volumes with a lesion', columns, Scored.with_lesions),
-        all=tabulate('sensitivity, all volumes', columns, Scored.everywhere),
+        all=tabulate('sensitivity, all volumes', columns, Scored.sensitivities),
         classes=tabulate('found within 4 FP, with a lesion', kinds,
                          lambda s, weight: s.by_class(weight, classes)),
         fauc=tabulate('area up to 1 FP', ('FAUC-1', 'FAUC-1+'), Scored.fauc),
@@ -377,8 +375,8 @@ def lesions(runs, volumes, truth, classes, min_distance, draws, seed, out, notes
     rates, curves = np.linspace(0, 5, 501), {}
     for name, s in scored.items():
         mean = interval_text(scores['with_lesions'][name]['mean of 1-4'])
-        found = metrics.sensitivity(s.m, rates, s.m.ill(weights[0]))
-        curves[f'{name}, mean {mean}'] = list(zip(rates, found))
+        heights = metrics.sensitivity(s.matched, rates, s.matched.ill(weights[0]))
+        curves[f'{name}, mean {mean}'] = list(zip(rates, heights))
     label = 'false positives per volume with a lesion'
     chart(curves, label, 'sensitivity', most=5).save(out / 'froc.png')
 
@@ -387,17 +385,17 @@ def intervals(metric, weights):
     """metric(weight) -> (n,). Its values for all volumes, the first weight, with intervals over the others:
     n times (value, low, high)"""
     values, *drawn = [metric(weight) for weight in weights]
-    return [(value, *metrics.interval(of)) for value, of in zip(values, np.transpose(drawn))]
+    return [(v, *metrics.interval(draws)) for v, draws in zip(values, np.transpose(drawn))]
 
 
-def overlap_table(found):
-    """IHRRB-DINO's table. found {name: (2, 8)}: AP and top-1 localisation at IOUS, whatever the slice."""
+def overlap_table(overlaps):
+    """IHRRB-DINO's table. overlaps {name: (2, 8)}: AP and top-1 localisation at IOUS, whatever the slice."""
     print(f'\n{"IoU":38}' + ''.join(f'{iou:7.1f}' for iou in IOUS) + '   mean')
     for i, title in enumerate(('AP', 'top-1')):
-        for name, values in found.items():
+        for name, values in overlaps.items():
             shown = ''.join(f'{v:7.3f}' for v in (*values[i], values[i].mean()))
             print(f"  {f'{title}, {name}':36.36}" + shown)
-    return dict(iou=IOUS, at={name: dict(zip(('AP', 'top-1'), v)) for name, v in found.items()})
+    return dict(iou=IOUS, at={name: dict(zip(('AP', 'top-1'), v)) for name, v in overlaps.items()})
 
 
 def detector_differences(scored, weights):
@@ -420,15 +418,16 @@ def missed(scored, truth, weight):
     false positives per volume with a lesion (Sharma 3, 6) -> {rate: {name: lesions}}"""
     if len(scored) not in (2, 3):
         return {}
-    found = {}
+    lesions_at = {}
     for rate in (1, 4):
         hits = np.array([s.caught(weight, rate) for s in scored.values()])              # (detectors, G)
         groups = {f'{name} alone': hit & (hits.sum(0) == 1) for name, hit in zip(scored, hits)}
         groups['none'] = hits.sum(0) == 0
-        counts = ', '.join(f'{name} {of.sum()}' for name, of in groups.items())
+        counts = ', '.join(f'{name} {members.sum()}' for name, members in groups.items())
         print(f'found at {rate} FP by {counts} (listed in scores.json)')
-        found[rate] = {name: [truth[g] for g in np.flatnonzero(of)] for name, of in groups.items()}
-    return found
+        lesions_at[rate] = {name: [truth[g] for g in np.flatnonzero(members)]
+                            for name, members in groups.items()}
+    return lesions_at
 
 
 # ---- pictures -------------------------------------------------------------------------------------
@@ -528,36 +527,38 @@ def head_pictures(runs, tables, out):
     if main.run['task'] != 'risk':
         counts = metrics.confusion(main.y, main.guess, len(classes))
         matrix(counts, classes).save(out / 'confusion.png')
-    first, lines = next(iter(rows[main.name])), {r.encoder: [] for r in results}
-    for r in results:
-        value, low, high = rows[r.name][first]
-        x = r.share + 0.008 * list(lines).index(r.encoder)  # intervals side by side
-        lines[r.encoder] += [(x, value), (x, low), (x, high), (x, value)]
     if len({r.share for r in results}) > 1:
-        chart(lines, 'share of training patients', first).save(out / 'fraction.png')
-    if len({of[-1].run['task'] for of in runs.values()}) > 2:
+        metric, lines = next(iter(rows[main.name])), {r.encoder: [] for r in results}
+        for r in results:
+            value, low, high = rows[r.name][metric]
+            x = r.share + 0.008 * list(lines).index(r.encoder)      # intervals side by side
+            lines[r.encoder] += [(x, value), (x, low), (x, high), (x, value)]
+        chart(lines, 'share of training patients', metric).save(out / 'fraction.png')
+    if len({results[-1].run['task'] for results in runs.values()}) > 2:
         radar(*radar_polygons(runs, tables)).save(out / 'radar.png')
 
 
 def radar_polygons(runs, tables):
     """MammoDINO's Fig. 2: a task is an axis, with the mean AUC or macro F1 of an encoder over the runs that
     have this task -> tasks, {encoder: values}"""
-    found = defaultdict(list)
+    values = defaultdict(list)                              # (encoder, task) -> one for each run
     for folder, results in runs.items():
         main = results[-1]
-        for r in [r for r in results if r.share == main.share]:
-            name = main.run['encoder'] if r is main else r.encoder
-            row = tables[folder][r.name]
-            metric = next(m for m in ('AUC', 'macro F1', 'mean AUROC') if m in row)
-            found[name, main.run['task']].append(row[metric][0])
-    names, axes = dict.fromkeys(name for name, _ in found), sorted({task for _, task in found})
-    return axes, {name: [np.mean(found.get((name, axis), math.nan)) for axis in axes]
+        for r in results:
+            if r.share == main.share:
+                name = main.run['encoder'] if r is main else r.encoder
+                row = tables[folder][r.name]
+                metric = next(m for m in ('AUC', 'macro F1', 'mean AUROC') if m in row)
+                values[name, main.run['task']].append(row[metric][0])
+    names, axes = dict.fromkeys(name for name, _ in values), sorted({task for _, task in values})
+    return axes, {name: [np.mean(values.get((name, axis), math.nan)) for axis in axes]
                   for name in names}
 
 
 def main(argv):
     """Scores runs or submissions. The truth of a submission is given, that of a run lies in its folder."""
-    parser = argparse.ArgumentParser(usage=__doc__.replace('%', '%%'))
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run, or a submission')
     parser.add_argument('--labels', help='BCS-DBT-labels-*.csv; by default that of the first run')
     parser.add_argument('--boxes', help='BCS-DBT-boxes-*.csv; by default that of the first run')
@@ -567,21 +568,21 @@ def main(argv):
     parser.add_argument('--out', default='runs/score', help='folder of scores.json and pictures')
     args = parser.parse_args(argv)
     out, first = Path(args.out), Path(args.runs[0])
-    if (out / 'predictions.csv').exists():
+    if any((out / name).exists() for name in ('predictions.csv', 'last.pt')):
         raise ValueError(f'--out {out} holds a run, whose scores would be lost; choose another')
     out.mkdir(parents=True, exist_ok=True)
     if (first / 'run.json').exists():
         heads(args.runs, out, args.draws, args.seed)
     else:
-        beside = first if first.is_dir() else first.parent
-        truth = read_truth(args.labels or beside / 'labels.csv', args.boxes or beside / 'boxes.csv')
+        folder = first if first.is_dir() else first.parent
+        truth = read_truth(args.labels or folder / 'labels.csv', args.boxes or folder / 'boxes.csv')
         for run in map(Path, args.runs[1:]):
             if run.is_dir() and not args.boxes:
                 if read_truth(run / 'labels.csv', run / 'boxes.csv')[:2] != truth[:2]:
                     raise ValueError(f'{run} and {first} were tested on different lesions')
-        distance, stored = args.min_distance, beside / 'scores.json'
+        distance, stored = args.min_distance, folder / 'scores.json'
         if distance is None and stored.exists() and not args.boxes:
-            distance = json.loads(stored.read_text())['min_distance']
+            distance = json.loads(stored.read_text()).get('min_distance')
         runs = {name: read_predictions(name) for name in args.runs}
         lesions(runs, *truth, 100 if distance is None else distance, args.draws, args.seed, out)
     print(f'-> {out}/scores.json and pictures')

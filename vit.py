@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-SIZES = {'tiny': dict(width=192, depth=12, heads=3),
-         'small': dict(width=384, depth=12, heads=6),
-         'base': dict(width=768, depth=12, heads=12)}
+SIZES = {'base': dict(size=518, width=768, depth=12, heads=12),     # ViT-B, the paper's
+         'demo': dict(size=84, width=128, depth=4, heads=4)}        # of pretrain.py --small
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -95,7 +94,7 @@ class ViT(nn.Module):
         return x
 
     def positions(self, h, w):
-        """pos_embed for h x w patches, (1, 1 + N, D): bicubic, in fp32; CLS keeps its own."""
+        """pos_embed for h x w patches, (1, 1 + N, D), bicubic and in fp32 where the grid differs."""
         if h == w == self.grid:
             return self.pos_embed
         cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:].float()
@@ -184,8 +183,8 @@ def load(path, channels=1, imagenet=True):
     where there is no such file, ValueError that says what kind of file it is instead."""
     file = read(path)
     try:
-        state = _encoder_state(file)
-        config = file['vit'] if 'vit' in file else _official_config(state)
+        state = encoder_state(file)
+        config = file['vit'] if 'vit' in file else official_config(state)
         if channels == 1 and config['channels'] == 3:
             state = fold_rgb(state, imagenet)
         # on `meta` nothing is allocated or drawn; the tensors of the file become the parameters
@@ -217,7 +216,7 @@ def read(path):
                          'torch.save (1.6 or later) that holds a dict of tensors') from error
 
 
-def _encoder_state(file):
+def encoder_state(file):
     """{DINOv2's name: tensor} of the encoder. ValueError says whose names they are otherwise."""
     state = file.get('teacher', file.get('model', file))
     # drop `module.` (DDP), `_orig_mod.` (torch.compile), `teacher.` (beside `student.`)
@@ -237,7 +236,7 @@ def _encoder_state(file):
     return state
 
 
-def _official_config(state):
+def official_config(state):
     """The arguments of ViT for an official network, from its shapes. All heads are 64 wide."""
     width, channels, patch, _ = state['patch_embed.proj.weight'].shape
     if width % 64:
@@ -255,19 +254,18 @@ def fold_rgb(state, imagenet=True):
     W = sum_c W_c / std_c, b' = b - sum W_c mean_c / std_c. Without `imagenet`, mean 0 and std 1."""
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else ((0, 0, 0), (1, 1, 1))
     mean, std = (torch.tensor(v, dtype=torch.double).view(1, 3, 1, 1) for v in (mean, std))
-    kernel = state['patch_embed.proj.weight'].double()                      # (D, 3, p, p)
-    bias = state['patch_embed.proj.bias'].double() - (kernel * mean / std).sum((1, 2, 3))
-    kernel = (kernel / std).sum(1, keepdim=True)                            # (D, 1, p, p)
-    return state | {'patch_embed.proj.weight': kernel.float(),
-                    'patch_embed.proj.bias': bias.float()}
+    W_c = state['patch_embed.proj.weight'].double()                         # (D, 3, p, p)
+    b = state['patch_embed.proj.bias'].double() - (W_c * mean / std).sum((1, 2, 3))     # (D,)
+    W = (W_c / std).sum(1, keepdim=True)                                    # (D, 1, p, p)
+    return state | {'patch_embed.proj.weight': W.float(), 'patch_embed.proj.bias': b.float()}
 
 
 # ---- learning rates, pictures -----------------------------------------------------------------
 
 def param_groups(model, lr, wd, decay=1.0):
-    """Optimizer groups as in DINOv2. Head and last norm have the full rate, a block `decay` times that of
-    what lies above it, so have the tokens and positions below block 0, and the patch kernel a fifth of
-    that. Biases, norms and LayerScale have no weight decay. Each group has lr_scale, wd_scale and
+    """Optimizer groups as in DINOv2. The learning rate falls by `decay` per block from the top: head and last
+    norm have 1, the top block `decay`, tokens and positions one step less than block 0, the patch kernel a
+    fifth of theirs. Biases, norms and LayerScale have no weight decay. Each group has lr_scale, wd_scale and
     last_layer (the prototypes) for schedules."""
     blocks = [re.search(r'blocks\.(\d+)\.', name) for name, _ in model.named_parameters()]
     depth = 1 + max((int(block[1]) for block in blocks if block), default=-1)
@@ -285,12 +283,11 @@ def param_groups(model, lr, wd, decay=1.0):
 
 
 @torch.no_grad()
-def heatmaps(model, image, size=None):
+def heatmaps(model, image, shape=None):
     """image uint8 (H, W) -> feature, attention (Fig. 3): two float (h, w) maps in 0..1.
-    feature: first principal component of the patch tokens, signed so that bright regions are high;
-    attention: that of CLS in the last block, mean over heads. The image is resized to `size`,
-    (height, width) in pixels, by default the square that `pos_embed` is for."""
-    height, width = size or (model.grid * model.patch,) * 2
+    feature: first principal component of the patch tokens, signed so that bright regions are high; attention:
+    that of CLS in the last block, mean over heads. `shape`: to resize to, by default the encoder's square."""
+    height, width = shape or (model.grid * model.patch,) * 2
     grey = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
     x = torch.from_numpy(grey).to(model.pos_embed.device).view(1, 1, height, width).float() / 255
     _, patches = model(x)                                                   # (1, N, D)
@@ -313,20 +310,21 @@ def overlay(image, heat):
 
 
 if __name__ == '__main__':
-    if len(sys.argv) not in (1, 3, 4):
-        sys.exit(print(__doc__))
     if len(sys.argv) == 1:
-        base = ViT(**SIZES['base'])
+        model = ViT(**SIZES['base'])
         for side in (518, 196, 98):
-            print(side, 'px ->', *[tuple(y.shape) for y in base(torch.rand(1, 1, side, side))])
-        sys.exit(print(f'{sum(p.numel() for p in base.parameters()):,} parameters'))
-    try:
-        import images
-        path, checkpoint, out = [*sys.argv[1:], 'heatmap.png'][:3]
-        grey = images.read(path, images.frames(path) // 2)
-        grey = grey if path.endswith('.npy') else images.clahe(grey)
-        heats = [np.zeros((1, 1)), *heatmaps(load(checkpoint), grey)]
-        Image.fromarray(np.hstack([overlay(grey, heat) for heat in heats])).save(out)
-        print(f'{out}: image, feature, attention')
-    except (ImportError, OSError, ValueError) as problem:
-        sys.exit(f'vit.py: {problem}')
+            print(side, 'px ->', *[tuple(x.shape) for x in model(torch.rand(1, 1, side, side))])
+        print(f'{sum(p.numel() for p in model.parameters()):,} parameters')
+    elif len(sys.argv) > 4 or len(sys.argv) == 2:
+        print(__doc__)
+    else:
+        try:
+            import images
+            path, checkpoint = sys.argv[1:3]
+            out = sys.argv[3] if len(sys.argv) == 4 else 'heatmap.png'
+            image = images.read_equalised(path, images.frames(path) // 2)       # middle slice of a volume
+            maps = [np.zeros((1, 1)), *heatmaps(load(checkpoint), image)]
+            Image.fromarray(np.hstack([overlay(image, heat) for heat in maps])).save(out)
+            print(f'{out}: image, feature, attention')
+        except (ImportError, OSError, ValueError) as problem:
+            sys.exit(f'vit.py: {problem}')

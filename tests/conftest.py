@@ -50,7 +50,7 @@ def run_ranks(script, ranks, *argv):
     """-> exit status, everything it printed"""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks),
                str(ROOT / script), *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -69,8 +69,7 @@ def pretraining(out, *flags, ranks=1, torchrun=None):
 
 
 def started(command, **how):
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {'OMP_NUM_THREADS': '1'}, **how)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
 
 
 def run(out, *flags, ranks=1, torchrun=None, ok=True, **how):
@@ -86,7 +85,6 @@ def here(out, *flags):
     """A tiny run in this process, into which a fault can be planted -> the lines of its log."""
     import pretrain
     import run as plumbing
-    old = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     pretrain.warn.cache_clear()
     try:
         argv = [*TINY, '--out', str(out), *map(str, flags)]
@@ -95,8 +93,8 @@ def here(out, *flags):
         traceback.clear_frames(problem.__traceback__)       # DDP goes before its group, as in main
         raise
     finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), old):
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if dist.is_initialized():
             dist.destroy_process_group()
     return [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
@@ -113,19 +111,17 @@ def same_run(a, b):
     assert timeless(logs[0]) == timeless(logs[1])
     ours, theirs = (torch.load(out / 'last.pt', weights_only=True) for out in (a, b))
     for name in ('step', 'student', 'teacher', 'center', 'optimizer', 'data'):
-        assert_equal(ours[name], theirs[name], name)
+        same = plain(ours[name]) == plain(theirs[name])
+        assert same, name
 
 
-def assert_equal(a, b, name):
-    """Nested dicts and lists of tensors and numbers."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), name
-    elif isinstance(a, (dict, list)):
-        assert len(a) == len(b), name
-        for key in a if isinstance(a, dict) else range(len(a)):
-            assert_equal(a[key], b[key], f'{name}.{key}')
-    else:
-        assert a == b, name
+def plain(state):
+    """Nested dicts and lists with the bytes of their tensors."""
+    if isinstance(state, dict):
+        return {key: plain(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [plain(value) for value in state]
+    return state.numpy().tobytes() if isinstance(state, torch.Tensor) else state
 
 
 def logged_steps(out):

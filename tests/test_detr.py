@@ -1,6 +1,5 @@
 """detr.py: its parts equal the published detector on recorded cases, or loops that follow the definition. detr_small.pt
 holds the results of a small model, recorded when the full-sized one equalled the published one."""
-import itertools
 import math
 
 import pytest
@@ -32,7 +31,7 @@ def model(**changes):
 
 # ---- geometry and deformable attention ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('references, expected', [('r2', 'o2'), ('r4', 'o4')])
+@pytest.mark.parametrize('references, expected', [('r2', 'o2'), ('r4', 'o4')])          # places, boxes
 def test_deformable_attention_equals_the_reference(references, expected):
     case = CASE['msda']
     attend = detr.DeformableAttention(64, levels=3, heads=case['n_heads'], points=case['n_points'])
@@ -66,63 +65,28 @@ def test_denoising_queries_and_mask_equal_the_reference_exactly():
     assert torch.equal(found.mask, case['attn_mask']) and found.groups == case['groups']
 
 
-def test_little_noise_stays_below_lambda1_and_more_noise_between_lambda1_and_lambda2(monkeypatch):
+def test_little_noise_stays_below_lambda1_and_more_noise_between_lambda1_and_lambda2():
     truth = torch.tensor([[0.5, 0.4, 0.2, 0.3], [0.4, 0.6, 0.1, 0.2]])
-    targets, seen = [dict(labels=torch.zeros(2, dtype=torch.long), boxes=truth), *lesions(1)], []
-    queries = detr.denoising_queries
-    monkeypatch.setattr(detr, 'denoising_queries', lambda *a, **k: seen.append(queries(*a, **k)) or seen[-1])
-    model(denoising=100, lambda1=0.5, lambda2=1.5)(levels(8, 4, 2, 1), targets)
-    found, = seen
+    targets = [dict(labels=torch.zeros(2, dtype=torch.long), boxes=truth), *lesions(1)]
+    torch.manual_seed(0)
+    found = detr.denoising_queries(targets, queries=6, classes=1, number=100, lambda1=0.5, lambda2=1.5)
     assert found.groups == 50 and found.boxes.shape == (2, 200, 4)
     moved = detr.corners(found.boxes[0].sigmoid()).view(50, 2, 2, 4) - detr.corners(truth)
     shift = (moved.abs() / (truth[:, 2:] / 2).repeat(1, 2)).flatten(2) / 0.4            # (50, little and more, 8)
-    assert shift[:, 0].max() < 0.5001 and 0.4 < shift[:, 0].max()
+    # That none of 400 uniform draws lies in the last tenth of its range has a chance of .9^400 = 5e-19.
+    assert 0.4 < shift[:, 0].max() < 0.5001
     assert 0.4999 < shift[:, 1].min() and 1.4 < shift[:, 1].max() < 1.5001
-
-
-def test_without_lesions_there_are_no_copies_and_every_query_sees_all():
-    none = detr.denoising_queries(lesions(0, 0), 3, 1)
-    assert none.boxes.shape == (2, 0, 4) and none.mask.shape == (3, 3) and not none.mask.any()
 
 
 # ---- matching and losses --------------------------------------------------------------------------------------------
 
-def test_matching_equals_the_reference():
+def test_matching_equals_the_reference_and_refuses_nan():
     case = CASE['match']
     found = detr.match(case['logits'], case['boxes'], case['targets'])
     for pair, expected in zip(found, case['idx'], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(pair, expected))
-
-
-def test_matching_costs_least_of_all_assignments():
-    """Costs written out, against every assignment of 3 lesions to 5 queries; an image with 1 lesion is padded."""
-    targets, generator = lesions(3, 1, classes=2), torch.Generator().manual_seed(3)
-    logits, boxes = torch.randn(2, 5, 2, generator=generator), torch.rand(2, 5, 4, generator=generator)
-    found = detr.match(logits, boxes, targets)
-    for image, target in enumerate(targets):
-        cost = torch.zeros(5, len(target['labels']), dtype=torch.float64)
-        for q, g in itertools.product(*map(range, cost.shape)):
-            p, box = torch.sigmoid(logits[image, q, target['labels'][g]]).item(), target['boxes'][g]
-            focal = -0.25 * (1 - p) ** 2 * math.log(p) + 0.75 * p ** 2 * math.log(1 - p)
-            overlap = detr.generalized_iou(detr.corners(boxes[image, q]), detr.corners(box)).item()
-            cost[q, g] = 2 * focal + 5 * (boxes[image, q] - box).abs().sum() - 2 * overlap
-        assignments = itertools.permutations(range(5), cost.shape[1])
-        best = min(assignments, key=lambda queries: sum(cost[q, g] for g, q in enumerate(queries)))
-        query, lesion = found[image]
-        assert sorted(zip(lesion.tolist(), query.tolist())) == list(enumerate(best))
     with pytest.raises(FloatingPointError, match='not finite'):
-        detr.match(logits * math.nan, boxes, targets)
-
-
-def test_losses_match_each_layer_by_itself_but_copy_all_costs_to_the_cpu_at_once(monkeypatch):
-    targets, copied, cpu = lesions(2, 0), [], torch.Tensor.cpu
-    outputs = model()(levels(8, 4, 2, 1), targets)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, 'cpu', lambda x: copied.append(x.shape) or cpu(x))
-        sums = detr.losses(outputs, targets)
-    assert copied == [(4 * 2, 6, 2)]                        # proposals and three layers of two images
-    for name, layer in zip(sums, [outputs['proposals'], *outputs['layers']]):
-        torch.testing.assert_close(sums[name], detr.set_loss(*layer, targets, detr.match(*layer, targets)))
+        detr.match(case['logits'] * math.nan, case['boxes'], case['targets'])
 
 
 def test_atd_is_the_mean_of_the_k_largest_distances_from_lesions_to_the_first_boxes_of_their_queries():
@@ -162,9 +126,8 @@ def test_a_whole_small_model_gives_the_recorded_boxes_losses_and_gradients():
 def test_it_starts_with_squares_around_the_cells_scores_of_a_hundredth_and_rays():
     net = model().eval()
     assert net.proposal_class.bias.sigmoid().item() == net.class_head.bias.sigmoid().item() == pytest.approx(0.01)
-    _, boxes = net(levels(8, 4, 2, 1))['proposals']
-    sides = boxes[..., 2:].unique().tolist()
-    assert all(min(abs(side - square) for square in (0.05, 0.1, 0.2, 0.4)) < 1e-5 for side in sides)
+    sides = net(levels(8, 4, 2, 1))['proposals'][1][..., 2:]
+    assert (sides.unsqueeze(-1) - torch.tensor([0.05, 0.1, 0.2, 0.4])).abs().amin(-1).max() < 1e-5
     offsets = net.encoder[0].self_attn.sampling_offsets
     rays = offsets.bias.view(4, 4, 2, 2)                                                # heads, levels, points, x y
     assert torch.equal(rays[0, :, :, 0], torch.tensor([[1.0, 2]] * 4)) and rays[0, ..., 1].abs().max() == 0
@@ -179,32 +142,19 @@ def test_autocast_changes_nothing():
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(cast, plain))
 
 
-def test_the_best_proposals_start_the_decoder_and_its_content_is_learned():
-    net, pyramid, seen = model().eval(), levels(8, 4, 2, 1), []
-    net.decoder[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-    logits, boxes = net(pyramid)['proposals']
-    assert (logits[:, :, 0].diff(dim=1) <= 0).all()
-    x, _, references = seen[0][:3]
-    torch.testing.assert_close(references, boxes)
-    assert not references.requires_grad and boxes.requires_grad
-    assert torch.equal(x[0], x[1]) and torch.equal(x[0], net.content.weight)
-    with pytest.raises(ValueError, match='only 85 cells, 86 queries'):
-        model(queries=86)(pyramid)
-
-
 def test_cells_at_the_very_edge_do_not_propose():
     """(j + 0.5) / 74 is below 0.01 for the first of 74 cells."""
     centres = model(queries=200).eval()(levels(74, 2, 2, 1))['proposals'][1][:, :, :2]  # boxes start where they are
     assert centres.min() > 0.0101 and centres.max() < 0.9899
 
 
-def test_images_without_lesions_give_every_parameter_a_gradient():
+@pytest.mark.parametrize('counts', [(0, 0), (1, 0)])
+def test_images_without_lesions_give_every_parameter_a_gradient(counts):
     """DDP waits for each, 0 or not."""
-    for counts in ((0, 0), (1, 0)):
-        net, targets = model(), lesions(*counts)
-        loss = detr.total(detr.losses(net(levels(8, 4, 2, 1), targets), targets)) / max(sum(counts), 1)
-        loss.backward()
-        assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    net, targets = model(), lesions(*counts)
+    loss = detr.total(detr.losses(net(levels(8, 4, 2, 1), targets), targets)) / max(sum(counts), 1)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
 def test_targets_change_nothing_but_the_denoising():
@@ -214,4 +164,3 @@ def test_targets_change_nothing_but_the_denoising():
     for a, b in zip([plain['proposals'], *plain['layers']], [noisy['proposals'], *noisy['layers']]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert 'denoising' not in plain and 'denoising' not in net.eval()(pyramid, lesions(2, 1))
-    assert 'denoising' not in model(denoising=0)(pyramid, lesions(2, 1))

@@ -6,12 +6,9 @@ is bent into its bytes. The image that is read must equal the definition: stored
 PS3.3 C.11), stretch over all that is no padding, inversion.
 """
 import numpy as np
-import pydicom
 import pytest
-from pydicom import uid
-from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate
-from test_images import bent, dicom
+from pydicom import DataElement, uid
+from test_images import bent, dicom, item
 
 import images
 
@@ -48,7 +45,7 @@ def write(path, syntax, interpretation, bits=12, allocated=16, signed=False, fra
     pixels = words.astype(f"{'i' if signed else 'u'}{allocated // 8}")
     dicom(path, pixels if frames > 1 else pixels[0], syntax, **dict(
         PhotometricInterpretation=interpretation, BitsStored=bits, HighBit=bits - 1,
-        Manufacturer='Odd maker', PatientName='Muller^Eva') | changes)
+        PatientName='Muller^Eva') | changes)
 
     values = rescale(stored) if rescale else stored
     inverted = bright_air or interpretation == 'MONOCHROME1'
@@ -63,19 +60,8 @@ def linear(center, width):
     return lambda x: ((x - (center - 0.5)) / (width - 1) + 0.5).clip(0, 1)
 
 
-def sigmoid(center, width):
-    return lambda x: 1 / (1 + np.exp(-4 * (x - center) / width))
-
-
 def looked_up(first, table):
     return lambda x: np.array(table)[(x.astype(int) - first).clip(0, len(table) - 1)].astype(float)
-
-
-def item(**elements):
-    ds = Dataset()
-    for name, value in elements.items():
-        setattr(ds, name, value)
-    return ds
 
 
 def window(center, width, voi=None, **changes):
@@ -83,7 +69,7 @@ def window(center, width, voi=None, **changes):
 
 
 def lut(first, bits, table, kind='US', data=None):
-    ds = Dataset()
+    ds = item()
     ds.add_new('LUTDescriptor', 'SS' if first < 0 else 'US', [len(table), first, bits])
     ds.add_new('LUTData', kind, table if data is None else data)
     return ds
@@ -104,7 +90,7 @@ def pad(value, limit=None, **changes):
 
 
 def element(tag, vr, value, **flags):
-    return lambda ds: ds.add(pydicom.DataElement(tag, vr, value, **flags))
+    return lambda ds: ds.add(DataElement(tag, vr, value, **flags))
 
 
 def nest(depth):
@@ -128,36 +114,25 @@ LITTLE = dict(syntaxes=['explicit', 'implicit', 'deflated'])
 BYTES, SIGNED, VOLUME = dict(bits=8, allocated=8), dict(signed=True), dict(frames=3)
 UNDEFINED = dict(is_undefined_length=True)
 RUBBISH = dict(above=np.random.default_rng(1).integers(0, 1 << 16, (ROWS, COLUMNS)))
-TWICE = dict(RescaleSlope='2', RescaleIntercept='-1024', rescale=lambda x: 2 * x - 1024)
 FALLING = dict(RescaleSlope='-1', RescaleIntercept='-1024', rescale=lambda x: -x - 1024)
-CURVE, COARSE = [i * i >> 8 for i in range(4096)], [i >> 4 for i in range(4096)]
-PART, SHORT = [i * i >> 12 for i in range(2000)], [i * i >> 8 for i in range(251)]
-WORDS, PAIRS = np.array(PART, '<u2'), np.uint8([*SHORT, 0]).view('<u2')     # two bytes a word, low one first
+CURVE, PART = [i * i >> 8 for i in range(4096)], [i * i >> 12 for i in range(2000)]
+SHORT = [i * i >> 8 for i in range(251)]
+PAIRS = np.uint8([*SHORT, 0]).view('<u2')           # two bytes a word, the low one first
 CENTERS = 1000, 1500, 2500
 GROUPS = [item(FrameVOILUTSequence=[item(WindowCenter=center, WindowWidth=2000)]) for center in CENTERS]
 BRIGHT_AIR = dict(PixelIntensityRelationshipSign=1)
-EVEN, ODD = (b'OB\0\0' + length.to_bytes(4, 'little') for length in (ROWS * COLUMNS + 1, ROWS * COLUMNS))
 
 TABLE = {
     # character sets
-    'UTF-8': dict(SpecificCharacterSet='ISO_IR 192', PatientName='Müller^Eva=山田^花子'),
     'Japanese': dict(SpecificCharacterSet=['', 'ISO 2022 IR 87'], PatientName='Yamada^Hanako=山田^花子'),
-    'several sets': dict(SpecificCharacterSet=['ISO 2022 IR 6', 'ISO 2022 IR 100', 'ISO 2022 IR 144'],
-                         PatientName='Müller^Eva=Люкceмбypг'),
     'an unknown set': dict(SpecificCharacterSet='ISO_IR 100', PatientName='Müller^Eva',
                            bend=bent((b'ISO_IR 100', b'ISO_IR 999')), **EXPLICIT),
     'a missing set': dict(bend=bent((b'Muller', b'M\xfcller')), **EXPLICIT),
-    'an empty set': dict(SpecificCharacterSet='', bend=bent((b'Muller', b'\x1b$B;3E')), **EXPLICIT),
 
     # private elements, sequences, what stands before and behind the pixels
-    'a private sequence of undefined length': dict(edit=element(0x00191002, 'SQ', nest(1), **UNDEFINED)),
-    'a private element of unknown kind': dict(edit=element(0x00191002, 'UN', b'DICM')),
     'a private sequence of unknown kind': dict(**LITTLE, edit=element(
         0x00191002, 'UN', b'\xfe\xff\x00\xe0\x0c\0\0\0\x08\x00\x60\x00\x04\0\0\0DICM', **UNDEFINED)),
-    'a private element in fragments': dict(
-        edit=element(0x00191002, 'OB', encapsulate([b'DICM']), **UNDEFINED), **EXPLICIT),
     'nested sequences': dict(edit=element(0x00081140, 'SQ', nest(4), **UNDEFINED)),
-    'an icon': dict(edit=element(0x00880200, 'SQ', nest(0))),
     'an overlay': dict(edit=element(0x60003000, 'OW', b'\xff' * 136)),
     'group lengths': dict(**EXPLICIT, bend=bent(*((tag, tag[:2] + b'\0\0UL\4\0\x77\0\0\0' + tag) for tag in (
         b'\x08\0\x16\0', b'\x28\0\x02\0', b'\xe0\x7f\x10\0')))),
@@ -173,19 +148,15 @@ TABLE = {
     'pixels of unknown kind': dict(vr='UN'),
     'a volume': VOLUME,
     'bytes in a volume': BYTES | VOLUME,
-    'bytes in words': dict(vr='OW', **BYTES, **VOLUME),
-    'bytes in words, one frame': dict(vr='OW', **BYTES),
-    'an odd length': dict(bend=lambda data: bent((EVEN, ODD))(data[:-1]), **BYTES, **EXPLICIT),
-    'an odd length, implicit': dict(bend=lambda data: data[:-1], **BYTES, **IMPLICIT),
-    'odd text': dict(bend=bent((b'LO\x0a\0Odd maker ', b'LO\x09\0Odd maker')), **EXPLICIT),
-    'text made even by a zero': dict(bend=bent((b'Odd maker ', b'Odd maker\0')), **EXPLICIT),
+    'bytes in words': dict(vr='OW', **BYTES, **VOLUME, **LITTLE),
+    'an odd length': dict(bend=lambda data: data[:-1], **BYTES, **IMPLICIT),
     'bytes behind the end': dict(bend=lambda data: data + bytes(7)),
 
     # bits
     **{f'{bits} of {allocated} bits{", signed" * signed}': dict(bits=bits, allocated=allocated, signed=signed)
-       for bits, allocated in [(8, 8), (10, 16), (12, 16), (14, 16), (16, 16), (12, 32), (32, 32)]
+       for bits, allocated in [(8, 8), (10, 16), (14, 16), (16, 16), (12, 32), (32, 32)]
        for signed in (False, True)},
-    **{f'rubbish above {bits} bits': dict(bits=bits, **RUBBISH) for bits in (10, 12, 14)},
+    'rubbish above 12 bits': RUBBISH,
     'rubbish above 12 bits, signed': pad(-2000, **RUBBISH, **SIGNED),
     '12 of 16 bits, the sign at bit 11 only': dict(above=np.int64(0), **SIGNED),
 
@@ -194,12 +165,8 @@ TABLE = {
     'a falling slope, an empty intercept': dict(RescaleSlope='-1', RescaleIntercept='', rescale=lambda x: -x),
     'a modality LUT': modality_lut(0, 16, CURVE),
     'a modality LUT, signed': modality_lut(-1000, 16, PART, **SIGNED),
-    'a modality LUT, signed bytes': modality_lut(-125, 8, SHORT, **BYTES, **SIGNED),
-    'windows, signed': window(1500, 2000, **SIGNED),
     'windows, an empty function': window(1500, 2000, VOILUTFunction=''),
     'windows, exact': window(1499.5, 1999, linear(1500, 2000), VOILUTFunction='LINEAR_EXACT'),
-    'windows, sigmoid': window(1500, 2000, sigmoid(1500, 2000), VOILUTFunction='SIGMOID'),
-    'windows after a rescale': window(1500, 2000, **TWICE),
     'windows after a falling slope': window(-3000, 2000, **FALLING),
     'windows and padding': pad(4095, **window(1500, 2000)),
     'a window for all frames': dict(
@@ -211,8 +178,6 @@ TABLE = {
         item(PixelValueTransformationSequence=[item(RescaleSlope='-1')])]),
     'VOI LUTs': voi_luts(1000, 10, PART),
     'VOI LUTs, signed': voi_luts(-1000, 10, PART, **SIGNED),
-    'VOI LUTs in words': voi_luts(1000, 10, PART, 'OW', WORDS.tobytes(), **LITTLE),
-    'VOI LUTs of bytes': voi_luts(0, 8, COARSE),
     'VOI LUTs of bytes, packed': voi_luts(0, 8, SHORT, 'US', PAIRS.tolist(), **BYTES),
     'VOI LUTs of bytes, packed in words': voi_luts(0, 8, SHORT, 'OW', PAIRS.tobytes(), **BYTES, **LITTLE),
     'VOI LUTs of bytes, packed in big words': voi_luts(
@@ -232,13 +197,8 @@ TABLE = {
     'padding down to a limit': pad(4095, 4090),
     'padding and an empty limit': pad(4095, PixelPaddingRangeLimit=''),
     'padding in bytes': pad(255, **BYTES),
-    'padding in a volume': pad(4095, **VOLUME),
-    'padding, signed, of unknown kind': pad(-2000, **SIGNED, **EXPLICIT, bend=bent(
-        (b'\x28\0\x20\x01SS\2\0', b'\x28\0\x20\x01UN\0\0\2\0\0\0'))),
     'padding, signed, down past 0': pad(5, -5, **SIGNED),
     'padding of -2000 as 63536': pad(-2000, **SIGNED, edit=element(0x00280120, 'US', 63536)),
-    'padding of -2000 as 63536, 32 bits': pad(
-        -2000, bits=32, allocated=32, **SIGNED, edit=element(0x00280120, 'US', 63536)),
     'padding of 65535 as -1': pad(65535, bits=16, edit=element(0x00280120, 'SS', -1)),
     'padding of no pixel': dict(PixelPaddingValue=4095),
     'padding of no byte': dict(PixelPaddingValue=63536, **BYTES),

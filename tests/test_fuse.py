@@ -7,12 +7,11 @@ import pytest
 import torch
 from conftest import run_here, write
 from PIL import Image
-from test_detect import CPU, FAST, TINY, encoder, interrupted_after, weights     # noqa: F401, a fixture among them
+from test_detect import CPU, FAST, TINY, encoder, weights      # noqa: F401, a fixture among them
 
 import detect
 import fuse
 import retinanet
-import score
 import vit
 
 cli = partial(run_here, fuse)
@@ -21,22 +20,22 @@ FIXED = dict(size=84, channels=32, workers=0, freeze=False, normals=0.0)
 
 @pytest.fixture(scope='module')
 def exams(tmp_path_factory):
-    """FFDM of 96x72 and SM of 80x60 of the same breasts, the lesion in the FFDM bright, in the SM faint; as lists."""
-    root, lines = tmp_path_factory.mktemp('exams'), dict(sm=[], ffdm=[])
-    for i in range(24):
-        rng, split = np.random.default_rng([5, i]), 'train' if i < 12 else 'val' if i < 18 else 'test'
-        breast = np.zeros((80, 60), np.uint8)
-        breast[8:72, :40] = rng.integers(60, 90, (64, 40))
-        x, y = rng.integers(5, 25), rng.integers(15, 50)
-        for kind, value, size in (('sm', 20, (60, 80)), ('ffdm', 120, (72, 96))):
-            image, f = breast.copy(), size[0] / 60
-            image[y:y + 12, x:x + 12] += np.uint8(value)
-            (root / kind).mkdir(exist_ok=True)
-            np.save(root / kind / f'{i}.npy', np.asarray(Image.fromarray(image).resize(size)))
-            box = '|'.join(str(f * edge) for edge in (x, y, x + 12, y + 12))
-            lines[kind].append(f'{kind}/{i}.npy|p{i}|e{i}|L|CC|{split}|{box}')
-    for kind, rows in lines.items():
-        write(root / f'{kind}.csv', ['path|patient|exam|laterality|view|split|x0|y0|x1|y1', *rows])
+    """Two lists of the same 24 breasts with a lesion each, SM of 80x60 and FFDM of 96x72."""
+    root = tmp_path_factory.mktemp('exams')
+    for kind, scale in (('sm', 1.0), ('ffdm', 1.2)):
+        lines = ['path|patient|exam|laterality|view|split|x0|y0|x1|y1']
+        (root / kind).mkdir()
+        for i in range(24):
+            rng, split = np.random.default_rng([5, i]), 'train' if i < 12 else 'val' if i < 18 else 'test'
+            image = np.zeros((80, 60), np.uint8)
+            image[8:72, :40] = rng.integers(60, 90, (64, 40))
+            x, y = rng.integers(5, 25), rng.integers(15, 50)
+            image[y:y + 12, x:x + 12] += 120
+            image = Image.fromarray(image).resize((round(60 * scale), round(80 * scale)))
+            np.save(root / kind / f'{i}.npy', np.asarray(image))
+            box = '|'.join(str(scale * edge) for edge in (x, y, x + 12, y + 12))
+            lines.append(f'{kind}/{i}.npy|p{i}|e{i}|L|CC|{split}|{box}')
+        write(root / f'{kind}.csv', lines)
     return root
 
 
@@ -48,10 +47,6 @@ def new(kind, cfg=fuse.Config(**FIXED)):
     torch.manual_seed(0)
     other = detect.Features(vit.ViT(**TINY, layerscale=1.0), cfg.channels)
     return kind(cfg, vit.ViT(**TINY, layerscale=1.0), other)
-
-
-def pictures(*shape):
-    return torch.randint(255, shape, dtype=torch.uint8)
 
 
 def test_pairs_are_matched_by_patient_exam_side_and_view_and_an_image_without_its_pair_is_named(exams):
@@ -71,34 +66,25 @@ def test_both_images_of_a_pair_move_alike_and_only_the_first_changes_its_greys(e
     assert plain.shape == (3, 84, 84) and np.array_equal(plain[0], plain[1])
     for i in range(40):
         first, second, tissue = frames[3, 0, 0, i]['image']
-        equal, moved = equal + np.array_equal(first, second), moved + (not np.array_equal(second, plain[1]))
+        equal += np.array_equal(first, second)
+        moved += not np.array_equal(second, plain[1])
         assert abs(first.astype(float) - second).mean() < 30                            # at one place
         assert (second[tissue > 127] > 40).mean() > 0.9 and (tissue > 127).sum() > 0.3 * (second > 40).sum()
-    assert 8 < equal < 30 and moved > 20
-
-
-def test_a_pair_of_mirror_images_is_left_out(exams, capsys):
-    row = fuse.load(config(exams))[0][0]
-    for name, image in (('framed', np.pad(np.load(row.path), 2)), ('mirrored', np.load(row.path)[:, ::-1])):
-        np.save(exams / f'{name}.npy', image)
-        pair = replace(row, partner=replace(row, path=str(exams / f'{name}.npy')))
-        assert (fuse.Pairs(config(exams), [pair])[0, 0] is None) == (name == 'mirrored')
-    assert 'is the mirror image of its pair' in capsys.readouterr().err
+    # Greys stay with probability .7^3, places with .5^3: the first bound fails for two in 100,000 sets of 40 seeds.
+    assert 2 < equal < 30 and moved > 20
 
 
 def test_stage_two_is_minus_the_cosine_inside_tissue_and_moves_b_alone():
-    net, images = new(fuse.Mimic).train(), pictures(2, 3, 84, 84)
+    net, images = new(fuse.Mimic).train(), torch.randint(255, (2, 3, 84, 84), dtype=torch.uint8)
     images[:, 2] = 0
     images[0, 2, 20:60, 10:70] = 255                        # the second image holds no tissue
-    answers = net(images)
-    loss, = net.head.loss(answers, dict(images=images))
-    expected, start, places = [], 0, retinanet.anchors(84)
-    for (guess, aim), cells in zip(answers, retinanet.grids(84)):
-        middle = ((places[:, :2] + places[:, 2:]) / 2)[start:start + 9 * cells ** 2:9].long()           # x y
-        start += 9 * cells ** 2
-        here = images[0, 2][middle[:, 1], middle[:, 0]] > 0
-        cosine = torch.cosine_similarity(guess[0].flatten(1), aim[0].flatten(1), dim=0)
+    answers, expected = net(images), []
+    for (guess, aim), cells, (stride, first, _) in zip(answers, retinanet.grids(84), retinanet.LEVELS.values()):
+        middle = (first + stride * torch.arange(cells)).long()
+        here = images[0, 2][middle[:, None], middle] > 0                                # (h, w)
+        cosine = torch.cosine_similarity(guess[0], aim[0], dim=0)
         expected.append(-cosine[here].mean() if here.any() else torch.tensor(0.0))
+    loss, = net.head.loss(answers, dict(images=images))
     torch.testing.assert_close(loss, torch.stack(expected).mean())
     assert net.head.count(dict(images=images)) == 1
     torch.testing.assert_close(answers[0][1], torch.nn.functional.normalize(net.other.levels(images[:, 1:2])[0], dim=1))
@@ -107,14 +93,8 @@ def test_stage_two_is_minus_the_cosine_inside_tissue_and_moves_b_alone():
     assert net.pyramid.p3.weight.grad.any() and net.encoder.patch_embed.proj.weight.grad.any()
 
 
-def test_a_collapsed_b_is_no_better_than_the_mean_of_c_and_a_b_that_is_c_reaches_one(exams, group, capsys, tmp_path):
-    rows = [row for row in fuse.load(config(exams))[0] if row.split == 'val']
-    collapsed, twin = new(fuse.Mimic), new(fuse.Mimic)
-    for project in collapsed.head.project:                  # the bias alone, everywhere
-        torch.nn.init.zeros_(project.weight)
-    _, found = collapsed.validate(rows, CPU)
-    collapsed.finish(None, found, None, CPU, tmp_path)
-    assert capsys.readouterr().out.count('B is no better') == 4
+def test_a_b_that_is_c_reaches_a_cosine_of_one_and_the_mean_of_c_alone_does_not(exams, group):
+    rows, twin = fuse.load(config(exams))[0][:6], new(fuse.Mimic)
     twin.load_state_dict(twin.state_dict() | twin.other.state_dict())
     for project in twin.head.project:                       # the identity
         torch.nn.init.dirac_(project.weight)
@@ -125,7 +105,8 @@ def test_a_collapsed_b_is_no_better_than_the_mean_of_c_and_a_b_that_is_c_reaches
 
 @pytest.mark.parametrize('paired', [None, 'FFDM.csv'])      # B sees SM; in the upper bound C sees FFDM
 def test_fused_levels_mix_those_of_both_models_and_the_other_stays_frozen(paired):
-    detector, images = new(fuse.Fused, fuse.Config(**FIXED, paired=paired)).train(), pictures(1, 3, 84, 84)
+    detector = new(fuse.Fused, fuse.Config(**FIXED, paired=paired)).train()
+    images = torch.randint(255, (1, 3, 84, 84), dtype=torch.uint8)
     own, other = detect.Features.levels(detector, images), detector.other.levels(images[:, 1:] if paired else images)
     for level, mine in zip(detector.levels(images), own):   # it begins as the detector that it was
         assert torch.equal(level, mine)
@@ -138,38 +119,20 @@ def test_fused_levels_mix_those_of_both_models_and_the_other_stays_frozen(paired
     assert detector.pyramid.p3.weight.grad.any() and detector.encoder.norm.weight.grad.any()
 
 
-def test_the_three_stages_end_in_a_detector_that_needs_sm_alone(exams, encoder, tmp_path, capsys):  # noqa: F811
-    run = {name: tmp_path / name for name in ('A', 'C', 'B', 'fused', 'bound', 'cut')}
+def test_the_three_stages_end_in_a_detector_that_needs_sm_alone(exams, encoder, tmp_path):              # noqa: F811
+    run = {name: tmp_path / name for name in ('A', 'C', 'B', 'fused', 'bound')}
     fast, first = (*FAST[4:], '--epochs', 1), ('--encoder', encoder, '--no-freeze', *FAST[:4])
     for name, kind in (('A', 'sm'), ('C', 'ffdm')):
         run_here(detect, '--root', exams / f'{kind}.csv', '--out', run[name], *first, *fast)
-    pairs = ('--root', exams / 'sm.csv', '--paired', exams / 'ffdm.csv')
+    alone, pairs = ('--root', exams / 'sm.csv'), ('--root', exams / 'sm.csv', '--paired', exams / 'ffdm.csv')
     cli('mimic', *pairs, '--other', run['C'], '--out', run['B'], *fast)
-    assert "of C's mean alone" in capsys.readouterr().out
-    third = ('fuse', '--root', exams / 'sm.csv', '--init_from', run['A'], '--other', run['B'], *fast[:-1], 2, '--out')
-    cli(*third, run['fused'])
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(detect.Detector, 'validate', interrupted_after(1))
-        cli(*third, run['cut'])
+    cli('fuse', *alone, '--init_from', run['A'], '--other', run['B'], '--out', run['fused'], *fast)
+    cli('fuse', *pairs, '--init_from', run['A'], '--other', run['C'], '--out', run['bound'], *fast)
     b, fused = (weights(run[name], 'best_weights') for name in ('B', 'fused'))
     assert torch.equal(b['pyramid.p3.weight'], fused['other.pyramid.p3.weight'])
-    cli(*third, run['cut'], '--resume')
-    one, two = weights(run['fused']), weights(run['cut'])
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert score.read_predictions(run['fused']) == score.read_predictions(run['cut'])
-    cli('fuse', *pairs, '--init_from', run['A'], '--other', run['C'], '--out', run['bound'], *fast)
     for name in ('A', 'B', 'C'):
         run[name].rename(tmp_path / f'gone{name}')
     cli('predict', exams / 'sm/20.npy', '--checkpoint', run['fused'], '--out', tmp_path / 'found')      # without them
     for name in (tmp_path / 'goneB', run['bound']):
         with pytest.raises(ValueError, match='needs both images'):
             cli('predict', exams / 'sm/20.npy', '--checkpoint', name)
-
-
-@pytest.mark.parametrize('arguments, why', [
-    (('imitate',), 'expected mimic, fuse or predict'), (('mimic', '--root', 'x', '--paired', 'x'), 'needs --other'),
-    (('fuse', '--root', 'x'), 'needs --other and --init_from'),
-    (('fuse', '--root', 'x', '--other', 'x', '--init_from', 'x'), 'absent, or no detector')])
-def test_a_stage_without_what_it_starts_from_is_refused(arguments, why):
-    with pytest.raises(ValueError, match=why):
-        cli(*arguments)

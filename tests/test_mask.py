@@ -12,32 +12,34 @@ import mask
 import phantom
 
 
-def square(mask, kernel, function, outside):
-    return function(np.pad(mask, kernel, constant_values=outside), size=kernel)[kernel:-kernel, kernel:-kernel]
+def dilated(m, kernel):
+    return ndimage.binary_dilation(m, np.ones((kernel, kernel)))
+
+
+def eroded(m, kernel):
+    return ndimage.binary_erosion(m, np.ones((kernel, kernel)), border_value=1)
 
 
 def test_tissue_is_the_written_rule():
     rng = np.random.default_rng(0)
     for shape, kernel in [((70, 50), 9), ((33, 64), 5), ((20, 20), 1)]:
-        image = np.uint8(255 * (lambda f: (f - f.min()) / np.ptp(f))(ndimage.gaussian_filter(rng.random(shape), 3)))
+        smooth = ndimage.gaussian_filter(rng.random(shape), 3)
+        image = np.uint8(255 * (smooth - smooth.min()) / np.ptp(smooth))
         for tau in (10, 40, 77.7):
-            x = (image - image.min()) / np.ptp(image)
-            m = x > np.percentile(x, tau)
-            for function, outside in [(ndimage.maximum_filter, 0), (ndimage.minimum_filter, 1),
-                                      (ndimage.minimum_filter, 1), (ndimage.maximum_filter, 0)]:
-                m = square(m, kernel, function, outside)
-            np.testing.assert_array_equal(mask.tissue(image, tau, kernel), m)
+            x = image / 255
+            closed = eroded(dilated(x > np.percentile(x, tau), kernel), kernel)
+            opened = dilated(eroded(closed, kernel), kernel)
+            np.testing.assert_array_equal(mask.tissue(image, tau, kernel), opened)
 
 
 def test_dilation_and_erosion_are_the_textbook_ones_for_every_kernel():
-    """Beside the slow, obvious ones; kernels wider than the image, too."""
+    """Kernels wider than the image, too."""
     rng = np.random.default_rng(0)
     for shape in ((70, 1), (3, 63), (40, 65), (9, 200)):
         for kernel in (1, 3, 9, 33, 65, 131):
             m = rng.random(shape) < rng.choice([0.02, 0.98])
-            ones = np.ones((kernel, kernel))
-            np.testing.assert_array_equal(mask.dilation(m, kernel), ndimage.binary_dilation(m, ones))
-            np.testing.assert_array_equal(mask.erosion(m, kernel), ndimage.binary_erosion(m, ones, border_value=1))
+            np.testing.assert_array_equal(mask.dilation(m, kernel), dilated(m, kernel))
+            np.testing.assert_array_equal(mask.erosion(m, kernel), eroded(m, kernel))
 
 
 def test_otsu_minimises_the_variance_within_both_classes():
@@ -67,8 +69,8 @@ def test_the_self_tuning_mask_keeps_the_breast_and_drops_labels_and_frames(air):
         assert not (m & label).any()
 
 
-def test_the_self_tuning_mask_of_a_large_image_is_that_of_its_reduction_to_a_few_pixels():
-    """What is enlarged eight times, with odd sides and the noise of single pixels, keeps its outline."""
+def test_the_self_tuning_mask_of_a_large_image_keeps_its_outline():
+    """It is found on a reduced image: here an eighth, with odd sides and the noise of single pixels."""
     breast = phantom.breast(np.random.default_rng(1))
     size = (8 * 192 - 3, 8 * 256 - 5)
     image = np.asarray(Image.fromarray(breast.volume[0]).resize(size, Image.Resampling.BICUBIC)).astype(int)
@@ -76,29 +78,19 @@ def test_the_self_tuning_mask_of_a_large_image_is_that_of_its_reduction_to_a_few
     truth = np.asarray(Image.fromarray(breast.tissue).resize(size))
     m = mask.tissue(image, percentile=None)
     assert m.shape == image.shape and (m & truth).sum() / (m | truth).sum() > 0.97
-    assert m[:8, :8].all() or not m[:8, :8].any()                           # one mean of 8 x 8 pixels
 
 
-def test_what_is_not_an_8_bit_image_is_refused():
-    for wrong, words in [(dict(image=np.zeros((9, 9), np.uint16)), 'expected a uint8 image'),
-                         (dict(image=np.zeros((2, 9, 9), np.uint8)), 'expected a uint8 image'),
-                         (dict(image=np.zeros((9, 9), np.uint8), kernel=4), 'expected an odd number')]:
-        with pytest.raises(ValueError, match=words):
-            mask.tissue(**wrong)
-
-
-def test_an_image_without_contrast_has_no_tissue():
+@pytest.mark.parametrize('percentile', [None, 40])
+def test_an_image_without_contrast_has_no_tissue(percentile):
     for value in (0, 255):
-        assert not mask.tissue(np.full((40, 40), value, np.uint8), percentile=None).any()
-        assert not mask.tissue(np.full((40, 40), value, np.uint8)).any()
+        assert not mask.tissue(np.full((40, 40), value, np.uint8), percentile).any()
 
 
 def test_the_command_line_shows_the_mask(tmp_path):
     np.save(tmp_path / 'a.npy', phantom.breast(np.random.default_rng(0)).volume[0])
-    for arguments, words in [((), 'IoU with the truth'), ((tmp_path / 'a.npy', tmp_path / 'o.png'), 'tissue is ')]:
+    for arguments, status, words in [((), 0, 'IoU with the truth'), (('a.npy', 'o.png'), 0, 'tissue is '),
+                                     (('absent.png',), 1, 'mask.py: absent.png: No such file')]:
         done = subprocess.run([sys.executable, ROOT / 'mask.py', *arguments], cwd=tmp_path, capture_output=True,
                               text=True)
-        assert done.returncode == 0 and words in done.stdout, done.stderr
+        assert done.returncode == status and words in done.stdout + done.stderr
     assert Image.open(tmp_path / 'o.png').size == (192, 256)
-    done = subprocess.run([sys.executable, ROOT / 'mask.py', tmp_path / 'absent.png'], capture_output=True, text=True)
-    assert done.returncode == 1 and 'No such file' in done.stderr and 'Traceback' not in done.stderr

@@ -1,33 +1,18 @@
 """What is promised of all scripts together: no header value gets out, nothing is written elsewhere, broken input is
 refused in one sentence."""
-import os
 import subprocess
 import sys
 import zipfile
 
 import numpy as np
-import pydicom
 from conftest import ROOT, here, run_here
 from PIL import Image
-from pydicom import uid
+from test_images import dicom
 
 import detect
 import finetune
 import phantom
 import prepare
-
-
-def dicom(path, syntax, elements):
-    ds = pydicom.Dataset()
-    ds.preamble, ds.file_meta = bytes(128), pydicom.dataset.FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = syntax
-    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = '1.2.840.10008.5.1.4.1.1.1.2'
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = '1.2.3'
-    for name, value in elements.items():
-        setattr(ds, name, value)
-    ds['PixelData'].VR = 'OB' if ds.BitsAllocated == 8 else 'OW'
-    ds['PixelData'].is_undefined_length = syntax.is_encapsulated
-    pydicom.dcmwrite(path, ds, enforce_file_format=True)
 
 
 SECRETS = dict(PatientName='Zaphod^Beeblebrox', PatientID='QX4711ZZ', PatientBirthDate='19520311',
@@ -45,11 +30,8 @@ def test_no_header_value_is_written_anywhere(tmp_path, monkeypatch, capfd):
     for i in range(20):
         example = phantom.breast(np.random.default_rng(i), lesion=True, slices=2 if i == 0 else 1, height=280,
                                  width=210)
-        dicom(raw / f'{i}.dcm', uid.ExplicitVRLittleEndian, SECRETS | dict(
-            Rows=280, Columns=210, BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0, SamplesPerPixel=1,
-            PhotometricInterpretation='MONOCHROME2', WindowCenter=128, WindowWidth=200, PatientAge='070Y',
-            RescaleSlope='12345678', RescaleIntercept=0,
-            NumberOfFrames=len(example.volume), PixelData=example.volume.tobytes()))
+        dicom(raw / f'{i}.dcm', example.volume, **SECRETS, WindowCenter=128, WindowWidth=200, PatientAge='070Y',
+              RescaleSlope='12345678', RescaleIntercept=0)
         z, *box = example.boxes[0]
         box = ','.join(f'{v:.1f}' for v in box)
         lines.append(f"{i}.dcm,p{i},{i % 2},{box},{int(z)},{('train', 'train', 'val', 'test')[i // 2 % 4]}")
@@ -84,29 +66,7 @@ def test_no_header_value_is_written_anywhere(tmp_path, monkeypatch, capfd):
         assert not found, (secret, found)
 
 
-def test_nothing_is_written_outside_the_output_folder(tmp_path):
-    """Names of files are those below the folder that was listed; links that go round end; a manifest may read outside
-    its folder and call its patients what it likes."""
-    src, root, out = tmp_path / 'src', tmp_path / 'a' / 'root', tmp_path / 'b' / 'out'
-    (src / 'deep').mkdir(parents=True)
-    root.mkdir(parents=True)
-    for i in range(12):
-        Image.fromarray(phantom.breast(np.random.default_rng(i), height=280, width=210).volume[0]).save(
-            src / 'deep' / f'{i}..png')
-    os.symlink(src, src / 'deep' / 'round')
-    os.symlink(tmp_path / 'a', src / 'up')
-    (root / 'manifest.csv').write_text('path,patient,label\n' + ''.join(
-        f'../../src/deep/{i}..png,../../../evil{i},{i % 2}\n' for i in range(12)))
-    before = set(tmp_path.rglob('*'))
-    assert prepare.prepare(src, out / 'prepared', workers=1) == (12, 0, 0)
-    run_here(finetune, '--dataset', 'csv', '--root', root, '--task', 'cancer', '--head', 'knn', '--random_encoder',
-             '--draws', 20, '--workers', 0, '--cache', out / 'cache', '--out', out / 'heads')
-    new = {path for path in tmp_path.rglob('*') if path not in before and path not in out.parents}
-    assert len(new) > 20 and all(path.is_relative_to(out) for path in new), new
-    assert not list(tmp_path.parent.glob('*evil*'))
-
-
 def test_a_few_hundred_damaged_files_of_every_kind_are_read_or_refused_in_one_line():
     done = subprocess.run([sys.executable, ROOT / 'tests' / 'fuzz.py', '--inputs', '600'], capture_output=True,
                           text=True)
-    assert done.returncode == 0 and done.stdout.count('\n|') == 5, done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.endswith(', 0 faults\n'), done.stdout + done.stderr

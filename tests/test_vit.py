@@ -54,44 +54,15 @@ def test_the_base_network_has_the_official_tensors():
             'blocks.11.attn.qkv.weight', 'blocks.0.ls1.gamma', 'blocks.0.mlp.fc2.bias'} <= {*state}
 
 
-@pytest.mark.parametrize('name', OFFICIAL)
-def test_any_multiple_of_the_patch_has_positions_stretched_and_never_turned(name):
-    model = network(size=140, **OFFICIAL[name])
-    assert model.positions(10, 10) is model.pos_embed
-    model.pos_embed[0, 1:] = torch.arange(10.).repeat(10)[:, None]     # each position: its column
-    for h, w in [(20, 30), (7, 7), (3, 11)]:
-        cls, grid = model.positions(h, w)[0].split([1, h * w])
-        assert torch.equal(cls, model.pos_embed[0, :1])
-        grid = grid[:, 0].view(h, w)
-        assert (grid - grid[:1]).abs().max() < 1e-5 and (grid[0].diff()[1:-1] > 0).all()
-    with pytest.raises(ValueError, match='30x28 pixels: expected multiples of the patch, 14'):
-        model(torch.rand(1, 3, 30, 28))
-
-
 def test_stochastic_depth_keeps_the_mean_and_is_off_in_eval():
     torch.manual_seed(0)
     x = torch.ones(10, 2, 3)
     mean = torch.stack([vit.residual(x, lambda y: y, 0.3) for _ in range(2000)]).mean(0)
-    assert (mean - 2).abs().max() < 0.1         # 6.8 standard errors: sd of one draw is .65
+    assert (mean - 2).abs().max() < 0.1                     # 6.8 standard errors: sd of one draw is .65
     rows = vit.residual(x, lambda y: y, 0.3)[:, 0, 0]
     assert (rows > 1).sum() == 7 and torch.allclose(rows[rows > 1], torch.tensor(1 + 10 / 7))
     model, y = network(drop_path=0.5), torch.rand(4, 3, 28, 28)
     assert torch.equal(model(y)[0], model(y)[0])
-    assert (vit.residual(x[:1], torch.ones_like, .9) == 2).all()
-
-
-@pytest.mark.parametrize('drop_path', [0.0, 0.3])
-def test_a_block_is_one_graph_whatever_the_batch_and_the_grid(drop_path):
-    """What --compile needs. The graph is run as it is, so that no compiler is waited for."""
-    block, graphs = network(drop_path=drop_path).blocks[0].train(), []
-    compiled = torch.compile(block, dynamic=True, fullgraph=True,
-                             backend=lambda graph, _: graphs.append(graph) or graph.forward)
-    for B, T in [(8, 17), (6, 5), (12, 10)]:
-        x = torch.rand(B, T, 128)
-        with torch.random.fork_rng():
-            expected = block(x)
-        torch.testing.assert_close(compiled(x), expected)
-    assert len(graphs) == 1
 
 
 def test_attention_is_what_the_last_block_uses():
@@ -138,8 +109,6 @@ def test_load_reads_the_teacher_of_our_checkpoints(tmp_path):
     torch.save({'vit': teacher.config, 'teacher': named(teacher, 'backbone.') | {'head.a': x},
                 'student': named(network(1, channels=1), 'backbone.')}, tmp_path / 'ours.pt')
     assert all(map(torch.equal, vit.load(tmp_path / 'ours.pt')(x), teacher(x)))
-    with pytest.raises(ValueError, match=r'patch_embed.*96, 1, 14, 14.*96, 3, 14, 14.*; give'):
-        vit.load(tmp_path / 'ours.pt', channels=3)
 
 
 @pytest.mark.parametrize('imagenet', [True, False])
@@ -154,28 +123,21 @@ def test_the_grey_fold_is_exact(imagenet, tmp_path):
         assert (ours - theirs).abs().max() < 1e-4
 
 
-def foreign():
-    """kind -> a file with the names of that kind, what its refusal says"""
+def test_files_of_another_kind_are_refused_by_one_sentence_that_says_which(tmp_path):
     state = network().state_dict()
     mask_token, kernel = state['mask_token'], state['patch_embed.proj.weight']
-    timm = {k: v for k, v in state.items() if k != 'mask_token'}
-    return {'dinov3': (state | {'rope_embed.periods': mask_token}, 'DINOv3'),
-            'dino': ({k: v for k, v in state.items() if '.ls' not in k}, 'DINO, MAE or another'),
-            'timm': (timm, 'a timm file'),
-            'timm_registers': (timm | {'reg_token': mask_token}, 'a timm file'),
-            'hugging_face': ({'embeddings.patch_embeddings.projection.weight': kernel}, 'Hugging'),
-            'narrow': (network(width=96).state_dict(), 'width 96; expected a multiple of 64'),
-            'giant': ({k.replace('fc1', 'w12'): v for k, v in state.items()}, 'Missing.*fc1'),
-            'student': ({'model': named(network(), 'student.backbone.')}, 'no patch_embed.proj'),
-            'nan': (state | {'mask_token': mask_token * np.nan}, 'not finite, in mask_token')}
-
-
-@pytest.mark.parametrize('kind', foreign())
-def test_files_of_another_kind_are_refused_by_one_sentence_that_says_which(kind, tmp_path):
-    file, reason = foreign()[kind]
-    torch.save(file, tmp_path / f'{kind}.pth')
-    with pytest.raises(ValueError, match=rf'^[^\n]*{kind}.pth: no ViT[^\n]*{reason}[^\n]*; give'):
-        vit.load(tmp_path / f'{kind}.pth')
+    for file, kind in [
+            (state | {'rope_embed.periods': mask_token}, 'DINOv3'),
+            ({name: w for name, w in state.items() if '.ls' not in name}, 'DINO, MAE or another'),
+            ({name: w for name, w in state.items() if name != 'mask_token'}, 'a timm file'),
+            ({'embeddings.patch_embeddings.projection.weight': kernel}, 'a Hugging Face file'),
+            (network(width=96).state_dict(), 'width 96; expected a multiple of 64'),
+            ({name.replace('fc1', 'w12'): w for name, w in state.items()}, 'Missing.*fc1'),
+            ({'model': named(network(), 'student.backbone.')}, 'no patch_embed.proj'),
+            (state | {'mask_token': mask_token * np.nan}, 'not finite, in mask_token')]:
+        torch.save(file, tmp_path / 'a.pth')
+        with pytest.raises(ValueError, match=rf'^[^\n]*a.pth: no ViT[^\n]*{kind}[^\n]*; give'):
+            vit.load(tmp_path / 'a.pth')
 
 
 def test_damaged_files_are_refused_and_a_checkpoint_cannot_run_code(tmp_path):
@@ -189,13 +151,10 @@ def test_damaged_files_are_refused_and_a_checkpoint_cannot_run_code(tmp_path):
     torch.save(network().state_dict(), tmp_path / 'bit.pth')
     data = (tmp_path / 'bit.pth').read_bytes()
     (tmp_path / 'bit.pth').write_bytes(data[:99_999] + b'bit' + data[100_002:])
-    for name, reason in {'a.txt': 'BadZipFile', 'a.safetensors': 'a safetensors file',
-                         'bomb.pt': 'UnpicklingError', 'bit.pth': 'ValueError'}.items():
-        with pytest.raises(ValueError, match=f'{name}: not a checkpoint.*{reason}.*; give'):
+    for name in ('a.txt', 'a.safetensors', 'bomb.pt', 'bit.pth'):
+        with pytest.raises(ValueError, match=f'{name}: not a checkpoint, or a damaged one'):
             vit.load(tmp_path / name)
     assert not (tmp_path / 'run').exists()
-    with pytest.raises(OSError, match='absent.pth'):
-        vit.load(tmp_path / 'absent.pth')
 
 
 def test_learning_rates_fall_with_depth_as_in_dinov2():
@@ -211,7 +170,7 @@ def test_learning_rates_fall_with_depth_as_in_dinov2():
                         'blocks.11.attn.qkv.weight': .9}.items():
         assert scale[name] == pytest.approx(value, abs=1e-4)
     assert {'pos_embed', 'cls_token', 'mask_token', 'blocks.3.mlp.fc1.weight'} <= decayed
-    assert not any(n.endswith('bias') or 'norm' in n or 'gamma' in n for n in decayed)
+    assert not any(name.endswith('bias') or 'norm' in name or 'gamma' in name for name in decayed)
 
 
 def test_heatmaps_fill_0_to_1_and_the_command_line_draws_them(tmp_path):
@@ -220,11 +179,8 @@ def test_heatmaps_fill_0_to_1_and_the_command_line_draws_them(tmp_path):
     for size, grid in [(None, (4, 4)), ((84, 56), (6, 4))]:
         for heat in vit.heatmaps(model, image, size):
             assert heat.shape == grid and heat.min() == 0 and heat.max() == 1
-    assert vit.overlay(image, heat).shape == (80, 60, 3)
     torch.save({'vit': model.config, 'teacher': named(model, 'backbone.')}, tmp_path / 'c.pt')
     np.save(tmp_path / 'a.npy', np.stack([image, image // 2, image]))
-    (tmp_path / 'a.dcm').write_bytes(bytes(128) + b'DICM')
-    drawn, refused = (subprocess.run([sys.executable, ROOT / 'vit.py', name, 'c.pt'], cwd=tmp_path,
-                                     capture_output=True, text=True) for name in ('a.npy', 'a.dcm'))
-    assert drawn.returncode == 0 and (tmp_path / 'heatmap.png').exists(), drawn.stderr
-    assert refused.stderr == 'vit.py: a.dcm: a DICOM file without an image\n'
+    done = subprocess.run([sys.executable, ROOT / 'vit.py', 'a.npy', 'c.pt'], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and (tmp_path / 'heatmap.png').exists(), done.stderr
