@@ -157,12 +157,13 @@ def train(cfg, data, parts, start, accumulate, log):
     student, teacher, center, optimizer = parts.values()
     rank, ranks, device = dist.get_rank(), dist.get_world_size(), center['cls'].center.device
     amp = torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(device, cfg.amp))
+    cuda = device.type == 'cuda'
     # Lives no longer than this function: if it outlives its process group, gloo can wait for ever.
-    ddp = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
+    ddp = nn.parallel.DistributedDataParallel(student, device_ids=[device] if cuda else None,
+                                              gradient_as_bucket_view=True)
     stream = iter(DataLoader(data, batch_sampler=micro_batches(cfg, start, rank, ranks, accumulate),
-                             collate_fn=collate, pin_memory=device.type == 'cuda',
-                             num_workers=cfg.workers, timeout=1800 if cfg.workers else 0,
-                             worker_init_fn=ignore_signals))
+                             collate_fn=collate, pin_memory=cuda, num_workers=cfg.workers,
+                             timeout=1800 if cfg.workers else 0, worker_init_fn=ignore_signals))
     signals = []                                            # of a scheduler, or Ctrl-C
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: signals.append(received))
