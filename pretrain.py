@@ -624,7 +624,8 @@ def write_log(cfg, log, bar, line):
         warn('every image goes to one prototype (collapse): lower --lr, raise --teacher_temp')
     elif collapsed and line['teacher_entropy'] > 0.999 * log_k:
         warn('every image goes to all prototypes (collapse): lower --teacher_temp or --lr')
-    elif warm and line['kl'] < 0.3 and line['teacher_entropy'] > 0.85 * log_k:
+    elif warm and line['teacher_temp'] < 0.05 and line['kl'] < 0.3 and \
+            line['teacher_entropy'] > 0.85 * log_k:          # at 0.07 it may be as uniform and learn
         warn('the teacher hardly prefers a prototype: a lower --lr may read better than this')
     if warm and line['cls_spread'] < 0.01:
         warn('the CLS tokens of all images are alike (collapse): lower --lr')

@@ -169,10 +169,10 @@ def value_of(y, p):
 READOUTS = {'CLS linear': 0, 'patches linear': 1}           # which part of `features` each reads
 
 
-def read_out(known, tasks, groups):
+def read_out(known, tasks, groups, references=('DINOv2', 'random init')):
     """{arm: features, one a seed}, {task: labels, -1 where there is none} -> rows: the value of each seed, their mean,
-    and the difference of the mean from the first arm's and from random init's."""
-    rows, first = [], next(iter(known))
+    and the difference of the mean from those of the references."""
+    rows = []
     for task, labels in tasks.items():
         has = labels >= 0
         y, g = labels[has], groups[has]
@@ -186,7 +186,7 @@ def read_out(known, tasks, groups):
                     rows.append(about | dict(arm=arm, seed=seed) | interval(y, [one], g))
                 rows.append(about | dict(arm=arm, seed='mean') | interval(y, p, g))
                 rows += [about | dict(arm=arm, seed=f'mean - {other}') | interval(y, p, g, shares[other])
-                         for other in dict.fromkeys((first, 'random init')) if other != arm]
+                         for other in references if other in known and other != arm]
     return rows
 
 
@@ -254,7 +254,7 @@ def windows(out, data, boxes, seeds=range(5)):
     found['random init'] = [features(untrained(recipe | dict(seed=seed)), pictures) for seed in seeds]
     deciles = np.percentile(np.stack(pictures), range(10, 100, 10), axis=(1, 2)).T                      # (n, 9)
     found['grey deciles'] = [(deciles, deciles)] * len(seeds)
-    write('windows', read_out(found, tasks, patients))
+    write('windows', read_out(found, tasks, patients, ('DINOv2', '+ DINO-M', 'random init')))
 
 
 def rates(out, data, mias, boxes):
