@@ -292,7 +292,7 @@ def build(cfg, start=None):
     elif cfg.encoder:
         encoder = vit.load(cfg.encoder, imagenet=cfg.imagenet)
     else:
-        encoder = vit.ViT(**vit.SIZES['demo'])
+        encoder = vit.ViT(**vit.SIZES['demo'], size=84)
     if encoder.patch != 14:
         raise ValueError(f'{cfg.encoder}: patches of {encoder.patch} pixels; expected 14')
     torch.manual_seed(cfg.seed)

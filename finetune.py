@@ -107,7 +107,7 @@ FINETUNING_LR = 1e-4            # of encoder and head together; the rates above 
 FINETUNING_SLICES = 4           # at most so many of a volume; frozen encoders read all (DBT-DINO 6.2)
 NEIGHBOURS = 10                 # k of the knn head
 CHUNK = 75                      # images through the encoder at once (DBT-DINO 6.2.1)
-SMALL = dict(size=84, width=128, depth=4, heads=4)      # the encoder of pretrain.py's demo
+SMALL = dict(**vit.SIZES['demo'], size=84)              # the encoder of pretrain.py's demo
 
 
 def resolved(cfg, ranks=1):
@@ -171,10 +171,11 @@ def exam_losses(H, y, mask):
     return (each * mask).sum(-1) / mask.sum(-1).clamp_min(1)
 
 
-def hazard_loss(H, y, mask):
-    """The mean of `exam_losses` over the exams with an observed year."""
-    observed = torch.as_tensor(mask).any(-1).sum()
-    return exam_losses(H, y, mask).sum() / observed.clamp_min(1)
+def hazard_loss(H, y, mask, weight=None):
+    """The mean of `exam_losses` by `weight` (B,), by default 1, over the exams with an observed year."""
+    observed = torch.as_tensor(mask).sum(-1) > 0
+    weight = observed.double() * (1 if weight is None else torch.as_tensor(weight))
+    return (exam_losses(H, y, mask) * weight).sum() / weight.sum().clamp_min(1e-30)
 
 
 class Head(nn.Module):

@@ -111,11 +111,11 @@ def in_year(y, observed):
 
 # ---- intervals and tests (DBT-DINO 2.5) -----------------------------------------------------------
 
-def resample(metric, arrays, patients, rng, n=1000):
-    """metric(*arrays) on n bootstrap draws -> (n,) or (n, m), NaN where undefined. patients: that of
-    each row. They are drawn with replacement and keep all their rows, which are not independent."""
+def resample(metric, arrays, groups, rng, n=1000):
+    """metric(*arrays) on n bootstrap draws -> (n,) or (n, m), NaN where undefined. groups: the patient of
+    each row. Patients are drawn with replacement and keep all their rows, which are not independent."""
     arrays, values = [np.asarray(a) for a in arrays], []
-    _, patient = np.unique(patients, return_inverse=True)   # numbers from 0
+    _, patient = np.unique(groups, return_inverse=True)     # numbers from 0
     rows = np.split(np.argsort(patient, kind='stable'), np.cumsum(np.bincount(patient))[:-1])
     for _ in range(n):
         drawn = np.concatenate([rows[j] for j in rng.integers(len(rows), size=len(rows))])
@@ -123,9 +123,9 @@ def resample(metric, arrays, patients, rng, n=1000):
     return np.array(values)
 
 
-def bootstrap(metric, arrays, patients, rng, n=1000):
-    """95 % interval (low, high) of metric(*arrays), over patients."""
-    return interval(resample(metric, arrays, patients, rng, n))
+def bootstrap(metric, arrays, groups, rng, n=1000):
+    """95 % interval (low, high) of metric(*arrays), over patients; arguments as in `resample`."""
+    return interval(resample(metric, arrays, groups, rng, n))
 
 
 def interval(values):

@@ -132,9 +132,9 @@ class Config:
             self.warmup = min(self.warmup, self.steps // 10)
 
 
-# lr [ours]: with four times as much, small networks read films worse than random weights do, while their
-# losses fall (tests/experiments.py, `rates`). What the rule of --lr does to a ViT-B was not tried.
-SMALL = dict(**vit.SIZES['demo'], steps=2000, warmup=200, workers=2, lr=0.0028, batch=16,
+# lr [ours]: with four times as much, short runs read films in part worse than random weights do, while
+# their losses fall (tests/experiments.py, `rates`). What the rule of --lr does to a ViT-B was not tried.
+SMALL = dict(**vit.SIZES['demo'], size=84, steps=2000, warmup=200, workers=2, lr=0.0028, batch=16,
              layer_decay=1.0, wd_end=0.04, freeze_last_layer=0, drop_path=0.0, layerscale=1.0,
              prototypes=256, hidden=256, bottleneck=64, locals=4, local_size=42,
              teacher_temp=0.04, teacher_temp_steps=0, momentum=0.96)

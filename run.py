@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 
 
-def option(default, origin, text, group=None):
-    """A dataclass field that is a flag. `origin`: whose value it is; `group`: opens a section of --help."""
-    return field(default=default, metadata=dict(source=origin, help=text, group=group))
+def option(default, source, text, group=None):
+    """A dataclass field that is a flag. `source`: whose value it is; `group`: opens a section of --help."""
+    return field(default=default, metadata=dict(source=source, help=text, group=group))
 
 
 def parse(config, argv, demo=None, source='data'):

@@ -88,16 +88,16 @@ def tissue_pixel(rng, tissue):
     return divmod(int(index[rng.integers(len(index))]), W) if len(index) else None
 
 
-def cut(image, box, shape):
-    """A window of a uint8 image, resized to `shape` (h, w) by antialiased bicubic interpolation.
+def cut(image, box, size):
+    """A window of a uint8 image, resized to `size` (h, w) by antialiased bicubic interpolation.
 
     Shrinks the height first, which leaves less to transpose; enlarges the width first, as Pillow always does.
     The results are equal to Pillow's to one grey level, two if enlarged several times; beside sharp white
-    edges, where values are clipped between the two passes, to ten.
+    edges, where values are clipped between the two passes, to twenty.
     """
     y0, x0, y1, x1 = box
     window = image[y0:y1, x0:x1]
-    h, w = shape
+    h, w = size
     if h > y1 - y0 or w > x1 - x0:
         return resize_height(resize_height(window.T, w).T, h)
     return np.ascontiguousarray(resize_height(resize_height(window, h).T, w).T)

@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-SIZES = {'base': dict(size=518, width=768, depth=12, heads=12),     # ViT-B, the paper's
-         'demo': dict(size=84, width=128, depth=4, heads=4)}        # of pretrain.py --small
+SIZES = {'base': dict(width=768, depth=12, heads=12),       # the paper's; then ViT-S and ViT-Ti
+         'small': dict(width=384, depth=12, heads=6),
+         'tiny': dict(width=192, depth=12, heads=3),
+         'demo': dict(width=128, depth=4, heads=4)}         # of pretrain.py --small
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -283,11 +285,11 @@ def param_groups(model, lr, wd, decay=1.0):
 
 
 @torch.no_grad()
-def heatmaps(model, image, shape=None):
+def heatmaps(model, image, size=None):
     """image uint8 (H, W) -> feature, attention (Fig. 3): two float (h, w) maps in 0..1.
     feature: first principal component of the patch tokens, signed so that bright regions are high; attention:
-    that of CLS in the last block, mean over heads. `shape`: to resize to, by default the encoder's square."""
-    height, width = shape or (model.grid * model.patch,) * 2
+    that of CLS in the last block, mean over heads. `size` (h, w): to resize to, by default the encoder's."""
+    height, width = size or (model.grid * model.patch,) * 2
     grey = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
     x = torch.from_numpy(grey).to(model.pos_embed.device).view(1, 1, height, width).float() / 255
     _, patches = model(x)                                                   # (1, N, D)

@@ -316,7 +316,7 @@ def film_material(mias, boxes, side):
     density = ['FGD'.index(row.labels['density']) for row in dense]
     parts = [mass_windows(boxes, side)]
     for task, rows, labels in (('view', films, view), ('density', dense, density)):
-        pictures = [squashed(images.clahe(images.read(row.path)), side) for row in rows]
+        pictures = [squashed(images.read_equalised(row.path), side) for row in rows]
         parts.append((pictures, {task: np.array(labels)}, np.array([row.patient for row in rows])))
     return parts
 
@@ -327,7 +327,7 @@ def mass_windows(boxes, side):
     the same size and film, at least .7 tissue and no mass."""
     rng, found = np.random.default_rng(0), []
     for row in datasets.load('csv', boxes, boxes=True)[0]:
-        image = images.clahe(images.read(row.path))
+        image = images.read_equalised(row.path)
         breast, lesions = mask.tissue(image), np.array([box[1:5] for box in row.boxes])   # (G, 4), x0 y0 x1 y1
         for _, x0, y0, x1, y1, kind in row.boxes:
             length = int(np.clip(1.5 * max(x1 - x0, y1 - y0), 64, 400))
@@ -487,7 +487,7 @@ def labelled(path, most):
         truth = np.array(Image.open(folder / line['mask']).convert('L')) > 100 if 'mask' in line else None
         density = line.get('tissue') or line.get('density') or \
             ('0-25 %', '25-50 %', '50-75 %', '75-100 %')[min(int(float(line['percent_density']) * 4), 3)]
-        found.append((images.clahe(images.read(folder / line['file'])), truth, density))
+        found.append((images.read_equalised(folder / line['file']), truth, density))
     return found
 
 
@@ -536,7 +536,7 @@ def hidden(out, mias, boxes):
 def under_masks(row, rng, draws=20, n=37):
     """Global crops of an image at the default scales, masks of each kind and ratio -> for each lesion that lies whole
     in a crop: its number, kind, ratio, whether each patch that it touches is masked (rows, columns)."""
-    cfg, image = pretrain.Config(), images.clahe(images.read(row.path))
+    cfg, image = pretrain.Config(), images.read_equalised(row.path)
     breast = mask.tissue(image, cfg.percentile, cfg.kernel)
     for _ in range(draws):
         box, _ = sampler.crop_box(rng, breast, cfg.global_scale, (3 / 4, 4 / 3), cfg.min_coverage)

@@ -37,7 +37,7 @@ def test_coherence_of_volumes_on_a_circle_is_known():
 def test_a_lesion_is_under_a_mask_where_all_patches_that_it_touches_are(monkeypatch):
     """A lesion of the whole image is covered by a mask of everything alone; one of a pixel as often as its patch."""
     monkeypatch.setattr(experiments, 'RATIOS', (0.3, 1.0))
-    monkeypatch.setattr(experiments.images, 'read', lambda path: np.full((222, 222), 100, np.uint8))
+    monkeypatch.setattr(experiments.images, 'read_equalised', lambda path: np.full((222, 222), 100, np.uint8))
     monkeypatch.setattr(experiments.mask, 'tissue', lambda image, *_: np.ones(image.shape, bool))
     monkeypatch.setattr(experiments.sampler, 'crop_box', lambda *_: ((0, 0, 222, 222), False))
     volume = experiments.datasets.Row('a', 'p', boxes=[(0, 0, 0, 222, 222, ''), (0, 100, 30, 101, 31, '')])
